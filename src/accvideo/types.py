@@ -13,10 +13,10 @@ from torch import Tensor
 Latents = Float[Tensor, "batch *state"]
 """A batch of states of the denoising ODE, float32."""
 
-Sigmas = Float[Tensor, "levels"]
+Sigmas = Float[Tensor, " levels"]
 """Noise levels, from noise to video."""
 
-PerSample = Float[Tensor, "batch"]
+PerSample = Float[Tensor, " batch"]
 """One value a sample."""
 
 

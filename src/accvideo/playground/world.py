@@ -82,17 +82,17 @@ _REACH = 1.12
 class Requests:
     """What captions ask for, as indices into the tables above; of one object, the second column means nothing."""
 
-    count: Int[Tensor, "batch"]
+    count: Int[Tensor, " batch"]
     shape: Int[Tensor, "batch 2"]
     color: Int[Tensor, "batch 2"]
     motion: Int[Tensor, "batch 2"]
-    background: Int[Tensor, "batch"]
-    pattern: Int[Tensor, "batch"]
+    background: Int[Tensor, " batch"]
+    pattern: Int[Tensor, " batch"]
 
     def __getitem__(self, rows: slice | Tensor) -> "Requests":
         return Requests(*(getattr(self, field.name)[rows] for field in fields(self)))
 
-    def code(self) -> Int[Tensor, "batch"]:
+    def code(self) -> Int[Tensor, " batch"]:
         """One number for each distinct caption."""
         single = self.count == 1
         code = self.background * len(PATTERNS) + self.pattern
@@ -323,7 +323,7 @@ def draw_backgrounds(requests: Requests, phase: Float[Tensor, "batch 2"]) -> Flo
 
 
 def draw_coverage(
-    shape: Int[Tensor, "batch"], path: Float[Tensor, "batch frames 4"]
+    shape: Int[Tensor, " batch"], path: Float[Tensor, "batch frames 4"]
 ) -> Float[Tensor, "batch frames 64 64"]:
     """How much of each pixel one object covers in each frame, in [0, 1], for objects with the given paths."""
     place_ = torch.arange(SIZE, device=path.device) + 0.5
