@@ -1,0 +1,74 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from accvideo.metrics import (
+    PSNR_LIMIT,
+    bootstrap_interval,
+    flicker,
+    latent_mse,
+    psnr,
+    wasserstein_distance,
+    wilson_interval,
+)
+
+
+def test_wilson_solves_its_equation():
+    """Both ends are the proportions p whose 1.96 standard errors just reach the measured one."""
+    estimate = wilson_interval(460, 500)
+    assert estimate.mean == 0.92
+    for end in (estimate.low, estimate.high):
+        assert abs(estimate.mean - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / 500), rel=1e-6)
+
+
+def test_wilson_stays_inside_the_unit_interval_and_is_never_empty():
+    all_right, all_wrong = wilson_interval(20, 20), wilson_interval(0, 20)
+    assert all_right.high == 1 and all_right.low == pytest.approx(20 / (20 + 1.959964**2))
+    assert (all_wrong.low, all_wrong.high) == (0, pytest.approx(1 - all_right.low))
+
+
+def test_bootstrap_of_a_mean_is_the_normal_interval():
+    values = np.random.default_rng(1).normal(3, 2, 2000)
+    estimate = bootstrap_interval(values)
+    half = 1.96 * values.std() / math.sqrt(2000)
+    assert estimate.mean == values.mean()
+    assert estimate.low == pytest.approx(values.mean() - half, abs=0.1 * half)
+    assert estimate.high == pytest.approx(values.mean() + half, abs=0.1 * half)
+    assert bootstrap_interval(values) == estimate
+
+
+def test_bootstrap_resamples_rows():
+    """A statistic of two columns sees them paired: their difference is the same in every resample."""
+    rows = np.stack([np.arange(10.0), np.arange(10.0) + 5], 1)
+    estimate = bootstrap_interval(rows, lambda values: float((values[:, 1] - values[:, 0]).mean()))
+    assert (estimate.mean, estimate.low, estimate.high) == (5, 5, 5)
+
+
+def test_psnr_of_a_constant_error():
+    reference = torch.randint(0, 200, (3, 4, 8, 8, 3), dtype=torch.uint8)
+    clips = torch.stack([reference[0], reference[1] + 1, reference[2] + 10])
+    expected = torch.tensor([PSNR_LIMIT, 20 * math.log10(255), 20 * math.log10(25.5)])
+    torch.testing.assert_close(psnr(clips, reference), expected)
+
+
+def test_flicker_sees_jumps_only():
+    still = torch.full((1, 9, 4, 4, 3), 90, dtype=torch.uint8)
+    fading = still + torch.arange(9, dtype=torch.uint8).view(1, 9, 1, 1, 1) * 5
+    jumping = still + torch.tensor([0, 6] * 4 + [0], dtype=torch.uint8).view(1, 9, 1, 1, 1)
+    torch.testing.assert_close(flicker(torch.cat([still, fading, jumping])), torch.tensor([0.0, 0.0, 12.0]))
+
+
+def test_latent_mse_is_a_value_a_sample():
+    latents = torch.randn(3, 2, 4, 4)
+    offset = torch.tensor([0.0, 1.0, 3.0]).view(3, 1, 1, 1)
+    torch.testing.assert_close(latent_mse(latents + offset, latents), torch.tensor([0.0, 1.0, 9.0]))
+
+
+def test_wasserstein_distance_against_closed_forms():
+    values = torch.rand(50)
+    assert wasserstein_distance(values, values[torch.randperm(50)]) == pytest.approx(0, abs=1e-12)
+    assert wasserstein_distance(values, values + 2.5) == pytest.approx(2.5, rel=1e-6)
+    # Quantile functions 0, 1 and 0, 1, 2 differ by 0, 1, 0, 1 on quarters [1/3, 1/2] and [2/3, 1].
+    assert wasserstein_distance([0.0, 1.0], [0.0, 1.0, 2.0]) == pytest.approx(1 / 6 + 1 / 3)
