@@ -1,0 +1,261 @@
+"""A teacher: any diffusers pipeline, loaded as it is and watched while it denoises."""
+
+import functools
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard, try_to_load_from_cache
+from torch import Tensor, nn
+
+from accvideo.call import DenoiserCall, capture_call
+from accvideo.flow import euler_step
+from accvideo.types import Latents, UserError
+
+PLAYGROUND_TEACHER = Path(__file__).parent / "playground" / "teacher"
+"""Folder of the embedded teacher, a `WanPipeline`."""
+
+SUPPORTED = "supported are flow-matching schedulers (FlowMatchEulerDiscrete, UniPC and DPMSolver with flow sigmas)"
+
+
+def teacher_path(name: str) -> Path | None:
+    """The local folder that `name` stands for, or None for a hub id."""
+    if name == "playground":
+        return PLAYGROUND_TEACHER
+    return Path(name) if Path(name).exists() else None
+
+
+def load_pipeline(
+    name: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> DiffusionPipeline:
+    """The pipeline called `name`: "playground" (the embedded teacher), a local folder, or a hub id.
+
+    Raises:
+        UserError: there is no such pipeline, or it has no denoiser.
+    """
+    path = teacher_path(name)
+    if path is not None and not (path / "model_index.json").is_file():
+        raise UserError(f"{name} is not a pipeline: no model_index.json in it; give a folder that diffusers saved")
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(path or name, torch_dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"cannot load the pipeline {name}: {reason}\nGive `playground`, a folder or a hub id"
+        ) from error
+    if not denoisers(pipeline):
+        raise UserError(f"{name} is a {type(pipeline).__name__} without a `transformer`: nothing to distill")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def pipeline_defaults(name: str) -> dict[str, Any]:
+    """Default call arguments in the teacher's folder (`accvideo.json`): height, width, fps, pipeline_args and so on."""
+    path = teacher_path(name)
+    if path is None or not (path / "accvideo.json").is_file():
+        return {}
+    return json.loads((path / "accvideo.json").read_text("utf-8"))
+
+
+def provenance(name: str) -> tuple[str | None, str | None]:
+    """Commit and license of a teacher, as far as this machine's copy tells them."""
+    path, revision = teacher_path(name), None
+    if path is None and isinstance(cached := try_to_load_from_cache(name, "model_index.json"), str):
+        path, revision = Path(cached).parent, Path(cached).parent.name
+    if path is None or not (path / "README.md").is_file():
+        return revision, None
+    return revision, ModelCard.load(path / "README.md").data.get("license")
+
+
+def denoisers(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    """The networks of a pipeline that predict the velocity, by component name."""
+    found = {name: getattr(pipeline, name, None) for name in ("transformer", "transformer_2")}
+    return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+
+
+def fingerprint(denoiser: nn.Module) -> str:
+    """A hash of configuration and weights: tells teachers apart, not floating-point types or a LoRA put on top.
+
+    Of each weight, 64 values are read.
+    """
+    model: Any = denoiser
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    digest = hashlib.sha256(json.dumps([type(denoiser).__name__, config], sort_keys=True, default=str).encode())
+    weights = {name.replace(".base_layer", ""): w for name, w in denoiser.named_parameters() if "lora_" not in name}
+    for name, weight in sorted(weights.items()):
+        values = weight.detach().flatten()[:: max(1, weight.numel() // 64)][:64]
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        digest.update(values.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def item_generator(seed: int, index: int) -> torch.Generator:
+    """The source of noise of item `index`: depends on both numbers and nothing else."""
+    digest = hashlib.sha256(f"{seed}:{index}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+@dataclass(frozen=True)
+class WatchedStep:
+    """One denoising step: the states around it and the conditional call that led it."""
+
+    state: Latents
+    next_state: Latents
+    velocity: Latents
+    """The model output, after guidance, given to the scheduler; float32, as the states."""
+    sigma: float
+    next_sigma: float
+    denoiser: str
+    call: DenoiserCall
+
+
+@dataclass
+class Watch:
+    """What `watch` has seen so far."""
+
+    steps: list[WatchedStep] = field(default_factory=list)
+    """The steps to keep, in order."""
+    final: Latents | None = None
+    """The state after the last step, float32."""
+    sigmas: list[float] = field(default_factory=list)
+    """The scheduler's noise levels, S + 1 of them."""
+    num_steps: int = 0
+    """Steps taken."""
+    num_calls: int = 0
+    """Denoiser calls for each video (a doubled batch counts twice)."""
+
+
+@contextmanager
+def watch(
+    pipeline: DiffusionPipeline, keep: Collection[int] | None = None, on_step: Callable[[int], None] | None = None
+) -> Iterator[Watch]:
+    """Watches one run of `pipeline`: its states, noise levels and conditional calls.
+
+    Args:
+        pipeline: any diffusers pipeline whose steps are `next = state + (next_sigma - sigma) * velocity`, velocity
+            being the model output (after guidance) that the scheduler is given. Multistep solvers obey this on their
+            first step.
+        keep: numbers of the steps to keep; all when None.
+        on_step: called with the number of steps taken, after each.
+
+    Raises:
+        UserError: on the first step, if the rule does not hold or the call cannot be replayed.
+    """
+    scheduler, seen = pipeline.scheduler, Watch()
+    original_step = scheduler.step
+    calls: list[tuple[str, dict[str, Any]]] = []  # of the step under way
+
+    def see_call(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments = inspect.signature(module.forward).bind(*args, **kwargs).arguments if args else kwargs
+        calls.append((name, arguments))
+
+    @functools.wraps(original_step)
+    def see_step(*args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(original_step).bind(*args, **kwargs).arguments
+        velocity, sample = bound["model_output"], bound["sample"]
+        kept = keep is None or seen.num_steps in keep
+        state = sample.detach().float().clone() if kept or seen.num_steps == 0 else None
+        output = original_step(*args, **kwargs)
+        next_sample = output[0] if isinstance(output, tuple) else output.prev_sample
+
+        if not seen.sigmas:
+            seen.sigmas = scheduler.sigmas.tolist()
+        index = scheduler.step_index - 1  # the step has just raised it
+        sigma, next_sigma = seen.sigmas[index], seen.sigmas[index + 1]
+        name, arguments = calls[0]  # guidance by two calls: the first is the conditional one
+        seen.num_calls += sum(len(arguments["hidden_states"]) // len(sample) for _, arguments in calls)
+        calls.clear()
+        if seen.num_steps == 0:
+            assert state is not None
+            check_rule(pipeline, state, next_sample, velocity, sigma, next_sigma)
+        if kept:
+            assert state is not None
+            call = capture_call(arguments, sample)
+            following, velocity = next_sample.detach().float().clone(), velocity.detach().float().clone()
+            seen.steps.append(WatchedStep(state, following, velocity, sigma, next_sigma, name, call))
+        seen.final = next_sample.detach().float()
+        seen.num_steps += 1
+        if on_step is not None:
+            on_step(seen.num_steps)
+        return output
+
+    check_scheduler(pipeline)
+    with ExitStack() as undo:
+        for name, denoiser in denoisers(pipeline).items():
+            hook = denoiser.register_forward_pre_hook(functools.partial(see_call, name), with_kwargs=True)
+            undo.callback(hook.remove)
+        scheduler.step = see_step
+        undo.callback(delattr, scheduler, "step")
+        yield seen
+
+
+def check_scheduler(pipeline: DiffusionPipeline) -> None:
+    """Refuses, before the first denoiser call, a scheduler that cannot obey the rule.
+
+    Raises:
+        UserError: it has no noise levels, or takes several denoiser calls a step.
+    """
+    scheduler = pipeline.scheduler
+    what = f"{type(pipeline).__name__} has a {type(scheduler).__name__}"
+    if not isinstance(getattr(scheduler, "sigmas", None), Tensor):
+        raise UserError(f"{what}, which has no noise levels (sigmas); {SUPPORTED}")
+    if scheduler.order != 1:
+        raise UserError(f"{what}, which takes {scheduler.order} calls a step; {SUPPORTED}")
+
+
+def check_rule(
+    pipeline: DiffusionPipeline, state: Latents, next_state: Latents, velocity: Latents, sigma: float, next_sigma: float
+) -> None:
+    """Checks that a step is `next = state + (next_sigma - sigma) * velocity`, to 0.1 % and rounding.
+
+    Raises:
+        UserError: it is not.
+    """
+    expected = euler_step(state, velocity.float(), sigma, next_sigma)
+    error = (next_state.float() - expected).norm().item()
+    rounding = 4 * torch.finfo(next_state.dtype).eps * state.norm().item()
+    length = (expected - state).norm().item()
+    if not error <= 1e-3 * length + rounding:
+        name = f"{type(pipeline.scheduler).__name__} ({pipeline.scheduler.config.get('prediction_type', 'no type')})"
+        raise UserError(
+            f"a step of {name} is not next = state + (next_sigma - sigma) * velocity: off by {error / length:.1%}\n"
+            f"{SUPPORTED[0].upper()}{SUPPORTED[1:]}"
+        )
+
+
+class _FirstCall(Exception):  # noqa: N818 - a way out of the pipeline, not an error
+    """The pipeline is about to call its denoiser."""
+
+
+def denoising_grid(pipeline: DiffusionPipeline, num_steps: int, **arguments: Any) -> tuple[list[float], list[float]]:
+    """Noise levels (`num_steps` + 1) and timesteps (`num_steps`) of a run, found without a denoiser call.
+
+    The pipeline runs up to its first denoiser call, so its own way of setting the scheduler is what counts.
+
+    Raises:
+        UserError: the pipeline refuses its arguments.
+    """
+
+    def leave(*_: Any) -> None:
+        raise _FirstCall
+
+    hooks = [denoiser.register_forward_pre_hook(leave) for denoiser in denoisers(pipeline).values()]
+    run: Any = pipeline
+    try:
+        run(num_inference_steps=num_steps, output_type="latent", **arguments)
+    except _FirstCall:
+        pass
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{type(pipeline).__name__} refuses its arguments: {str(error).splitlines()[0]}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    pipeline.maybe_free_model_hooks()
+    return pipeline.scheduler.sigmas.tolist(), pipeline.scheduler.timesteps.tolist()
