@@ -87,8 +87,13 @@ def capture_call(arguments: Mapping[str, Any], state: Latents) -> DenoiserCall:
     return DenoiserCall(tensors, constants, condition.detach().clone() if has_condition else None, hidden_states.dtype)
 
 
-def collate_calls(calls: Sequence[DenoiserCall]) -> DenoiserCall:
+def collate_calls(calls: Sequence[DenoiserCall], memo: dict[tuple[int, ...], Tensor] | None = None) -> DenoiserCall:
     """One call for the samples of all `calls`, which have the same arguments and shapes.
+
+    Args:
+        calls: of one key point.
+        memo: what was concatenated before, by the identities of the parts; key points that share their parts
+            (prompt embeddings) then share the result.
 
     Raises:
         UserError: a tensor's shape differs between the calls.
@@ -96,18 +101,24 @@ def collate_calls(calls: Sequence[DenoiserCall]) -> DenoiserCall:
     first = calls[0]
     if any(call.constants != first.constants or call.tensors.keys() != first.tensors.keys() for call in calls):
         raise UserError("recorded calls with different arguments cannot share a batch; use a batch size of 1")
-    tensors = {name: _concatenate(name, [call.tensors[name] for call in calls]) for name in first.tensors}
+    memo = {} if memo is None else memo
+    tensors = {name: _concatenate(name, [call.tensors[name] for call in calls], memo) for name in first.tensors}
     conditions = [call.condition for call in calls if call.condition is not None]
-    return replace(first, tensors=tensors, condition=_concatenate("condition", conditions) if conditions else None)
+    return replace(
+        first, tensors=tensors, condition=_concatenate("condition", conditions, memo) if conditions else None
+    )
 
 
-def _concatenate(name: str, tensors: Sequence[Tensor]) -> Tensor:
+def _concatenate(name: str, tensors: Sequence[Tensor], memo: dict[tuple[int, ...], Tensor]) -> Tensor:
     if len(shapes := {tensor.shape[1:] for tensor in tensors}) > 1:
         raise UserError(
             f"recorded calls cannot share a batch: {name} has the shapes {sorted(map(list, shapes))}; "
             "use a batch size of 1, or record prompts padded to one length"
         )
-    return torch.cat(list(tensors))
+    parts = tuple(map(id, tensors))
+    if parts not in memo:
+        memo[parts] = torch.cat(list(tensors))
+    return memo[parts]
 
 
 def replay(denoiser: nn.Module, call: DenoiserCall, latents: Latents) -> Latents:

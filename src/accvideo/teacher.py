@@ -44,7 +44,7 @@ def load_pipeline(
     if path is not None and not (path / "model_index.json").is_file():
         raise UserError(f"{name} is not a pipeline: no model_index.json in it; give a folder that diffusers saved")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(path or name, torch_dtype=dtype, use_safetensors=True)
+        pipeline = DiffusionPipeline.from_pretrained(path or name, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(

@@ -1,0 +1,379 @@
+"""Stage 1: runs the teacher on prompts and keeps the key states and conditional calls of each run."""
+
+import difflib
+import inspect
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from diffusers import DiffusionPipeline
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from accvideo.flow import keypoint_indices
+from accvideo.teacher import (
+    Watch,
+    check_scheduler,
+    denoisers,
+    denoising_grid,
+    fingerprint,
+    item_generator,
+    load_pipeline,
+    pipeline_defaults,
+    provenance,
+    watch,
+)
+from accvideo.trajectory import (
+    MANIFEST,
+    Manifest,
+    Trajectory,
+    misplaced,
+    read_manifest,
+    read_trajectory,
+    trajectory_name,
+    write_trajectory,
+    write_whole,
+)
+from accvideo.types import UserError
+
+OWN_ARGUMENTS = ("prompt", "generator", "num_inference_steps", "output_type", "return_dict", "latents")
+"""Arguments of a pipeline's call that the recorder sets itself."""
+
+DEFAULT_FPS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordConfig:
+    """Records the teacher's denoising trajectories on the prompts of a file."""
+
+    teacher: tyro.conf.Positional[str]
+    """`playground`, a folder that diffusers saved, or a hub id."""
+    prompts: Path
+    """Text file, one prompt a line."""
+    out: Path
+    """Folder of the data set; an interrupted recording in it goes on."""
+    num_steps: int = 50
+    """Denoising steps S of the teacher."""
+    num_student_steps: int = 5
+    """Steps K of the student to come; must divide S."""
+    guidance_scale: float | None = None
+    """The pipeline's own by default."""
+    height: int | None = None
+    """In pixels; the pipeline's own by default."""
+    width: int | None = None
+    """In pixels; the pipeline's own by default."""
+    num_frames: int | None = None
+    """The pipeline's own by default."""
+    seed: int = 0
+    """With an item's number, it makes the item's noise."""
+    num_trajectories: int | None = None
+    """As many as prompts by default; more go round the prompts again, with other noise."""
+    pipeline_arg: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """NAME=JSON: any other argument of the pipeline's call; may be repeated."""
+    batch_size: int = 1
+    """Trajectories denoised together. Batches are always whole: what an item becomes depends on this number."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the pipeline; states are stored in float32 in any case."""
+    device: str = "auto"
+    """`auto` takes the accelerator if there is one."""
+
+    def __post_init__(self) -> None:
+        keypoint_indices(self.num_steps, self.num_student_steps)
+        for name in ("num_trajectories", "batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{name} is {value}: it must be at least 1")
+
+
+def record(config: RecordConfig) -> dict[str, Any]:
+    """Records a data set, or the rest of one, and returns a summary.
+
+    Raises:
+        UserError: whatever the user can mend; before the first denoiser call where it can be known by then.
+    """
+    started = time.perf_counter()
+    prompts = read_prompts(config.prompts)
+    check_folder(config.out)
+    pipeline = load_pipeline(config.teacher, getattr(torch, config.dtype), choose_device(config.device))
+    check_scheduler(pipeline)
+    defaults = pipeline_defaults(config.teacher)
+    arguments = call_arguments(pipeline, config, defaults)
+    manifest = make_manifest(pipeline, config, defaults, arguments, prompts)
+    open_folder(config.out, manifest)
+
+    size = config.batch_size
+    wanted = [i for i in range(manifest.num_trajectories) if not is_recorded(config.out, i, manifest, prompts)]
+    blocks = sorted({index // size for index in wanted})
+    num_calls = num_written = 0
+    with progress_bar() as progress:
+        bar = progress.add_task("denoising steps", total=len(blocks) * config.num_steps)
+        for done, block in enumerate(blocks):
+            items = range(block * size, (block + 1) * size)
+            with watch(
+                pipeline,
+                keep=manifest.keypoints[:-1],
+                on_step=lambda step, done=done: progress.update(bar, completed=done * config.num_steps + step),
+            ) as seen:
+                run: Any = pipeline
+                run(
+                    prompt=[prompts[index % len(prompts)] for index in items],
+                    generator=[item_generator(config.seed, index) for index in items],
+                    num_inference_steps=config.num_steps,
+                    output_type="latent",
+                    **arguments,
+                )
+            num_calls = seen.num_calls
+            for trajectory in trajectories_of(seen, manifest, items, prompts):
+                if trajectory.index in wanted:
+                    write_trajectory(config.out, trajectory)
+                    num_written += 1
+    return {
+        "folder": str(config.out),
+        "num_trajectories": manifest.num_trajectories,
+        "num_recorded": num_written,
+        "denoiser_calls": num_calls * num_written,
+        "nested_schedule": manifest.nested_schedule,
+        "bytes": sum(entry.stat().st_size for entry in os.scandir(config.out)),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a text file, one a line; empty lines are skipped.
+
+    Raises:
+        UserError: there are none.
+    """
+    try:
+        prompts = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"cannot read the prompts {path}: {error}; give a text file, one prompt a line") from error
+    if not prompts:
+        raise UserError(f"{path} holds no prompts; give a text file, one prompt a line")
+    return prompts
+
+
+def choose_device(name: str) -> str:
+    """The device called `name`; `auto` is the accelerator if there is one."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses a folder that holds something else.
+
+    Raises:
+        UserError: it is a file, or a folder with files but no manifest.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; give a new or empty folder")
+    if folder.is_dir() and not (folder / MANIFEST).exists():
+        if others := sorted(each.name for each in folder.iterdir() if each.name != f".{MANIFEST}.tmp"):
+            raise UserError(f"{folder} holds something else ({others[0]}); give a new or empty folder")
+
+
+def open_folder(folder: Path, manifest: Manifest) -> None:
+    """Writes the manifest, or checks that the one in the folder is of the same configuration.
+
+    A larger `num_trajectories` than before extends the data set.
+
+    Raises:
+        UserError: the configurations differ.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
+    if (folder / MANIFEST).exists():
+        old = read_manifest(folder)
+        if names := old.differences(manifest, ignore=("num_trajectories", "versions")):
+            changes = (f"{name} {shorten(getattr(old, name))} -> {shorten(getattr(manifest, name))}" for name in names)
+            raise UserError(
+                f"{folder} holds a data set of another configuration: {', '.join(changes)}\n"
+                "Give another folder, or the configuration it was started with"
+            )
+        if old.num_trajectories > manifest.num_trajectories:
+            raise UserError(f"{folder} is for {old.num_trajectories} trajectories already; ask for as many or more")
+        if old.num_trajectories == manifest.num_trajectories:
+            return
+    write_whole(folder / MANIFEST, manifest.to_json().encode())
+
+
+def shorten(value: Any) -> str:
+    """`value` in at most 40 characters."""
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def is_recorded(folder: Path, index: int, manifest: Manifest, prompts: Sequence[str]) -> bool:
+    """Whether the folder holds trajectory `index`, whole; says so on stderr if its file is damaged.
+
+    Raises:
+        UserError: it was recorded on another prompt.
+    """
+    path = folder / trajectory_name(index)
+    if not path.exists():
+        return False
+    try:
+        trajectory = read_trajectory(path)
+        if problem := misplaced(trajectory, index, manifest):
+            raise UserError(f"{path}: {problem}")
+    except UserError as error:
+        print(f"warning: {error}; recording it again", file=sys.stderr)
+        return False
+    if trajectory.prompt != (prompt := prompts[index % len(prompts)]):
+        raise UserError(
+            f"{path} was recorded on the prompt {shorten(trajectory.prompt)}, the file of prompts now has "
+            f"{shorten(prompt)}\nRestore the file of prompts, or give another folder"
+        )
+    return True
+
+
+def call_arguments(pipeline: DiffusionPipeline, config: RecordConfig, defaults: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the pipeline's call: the command line's, else the teacher folder's, else the pipeline's own.
+
+    Raises:
+        UserError: the pipeline's call does not take one of them.
+    """
+    given = {**defaults.get("pipeline_args", {}), **parse_pipeline_args(config.pipeline_arg)}
+    for name in ("height", "width", "num_frames", "guidance_scale"):
+        if (value := getattr(config, name)) is None:
+            value = defaults.get(name)
+        if value is not None:
+            given[name] = value
+    accepted = call_parameters(pipeline)
+    for name in given:
+        if name in OWN_ARGUMENTS:
+            raise UserError(f"{name} is set by the recorder; leave it out of --pipeline-arg")
+        if name not in accepted:
+            close = difflib.get_close_matches(name, accepted, n=3) or sorted(accepted)
+            raise UserError(f"{type(pipeline).__name__} takes no argument {name}; it takes {', '.join(close)}")
+    return given
+
+
+def call_parameters(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """Names of what a pipeline's call takes, and their defaults."""
+    return {name: each.default for name, each in inspect.signature(type(pipeline).__call__).parameters.items()}
+
+
+def parse_pipeline_args(texts: Sequence[str]) -> dict[str, Any]:
+    """The arguments in texts of the form NAME=JSON.
+
+    Raises:
+        UserError: a text is not of that form.
+    """
+    arguments = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        try:
+            if not equals:
+                raise ValueError
+            arguments[name] = json.loads(value)
+        except ValueError:
+            raise UserError(
+                f"--pipeline-arg {text} is not NAME=JSON; write max_sequence_length=16, or 'negative_prompt=\"blurry\"'"
+            ) from None
+    return arguments
+
+
+def make_manifest(
+    pipeline: DiffusionPipeline,
+    config: RecordConfig,
+    defaults: dict[str, Any],
+    arguments: dict[str, Any],
+    prompts: Sequence[str],
+) -> Manifest:
+    """The manifest of a data set, without a denoiser call; warns if students of it cannot run in plain diffusers."""
+    first = {"prompt": prompts[:1], "generator": [item_generator(config.seed, 0)], **arguments}
+    key_sigmas, key_timesteps = denoising_grid(pipeline, config.num_student_steps, **first)
+    sigmas, timesteps = denoising_grid(pipeline, config.num_steps, **first)
+    if len(sigmas) != config.num_steps + 1:
+        raise UserError(
+            f"{type(pipeline.scheduler).__name__} makes {len(sigmas) - 1} steps of {config.num_steps}; "
+            "choose a number of steps that it keeps"
+        )
+    keypoints = keypoint_indices(config.num_steps, config.num_student_steps)
+    nested = is_nested(key_sigmas, [sigmas[i] for i in keypoints], 1e-5)
+    nested = nested and is_nested(key_timesteps, [timesteps[i] for i in keypoints[:-1]], 1)
+    if not nested:
+        print(
+            f"warning: the {config.num_student_steps}-step grid of {type(pipeline.scheduler).__name__} is not on its "
+            f"{config.num_steps}-step grid: accvideo will run a student of it, a plain {type(pipeline).__name__} cannot\n"
+            "Record with UniPCMultistepScheduler or DPMSolverMultistepScheduler (use_flow_sigmas=True) to export one",
+            file=sys.stderr,
+        )
+    revision, license = provenance(config.teacher)
+    own_defaults = call_parameters(pipeline)
+
+    def used(name: str) -> Any:
+        value = arguments.get(name, own_defaults.get(name))
+        return None if value is inspect.Parameter.empty else value
+
+    return Manifest(
+        teacher=config.teacher,
+        revision=revision,
+        license=license,
+        pipeline_class=type(pipeline).__name__,
+        fingerprints={name: fingerprint(denoiser) for name, denoiser in denoisers(pipeline).items()},
+        num_steps=config.num_steps,
+        num_student_steps=config.num_student_steps,
+        keypoints=keypoints,
+        sigmas=sigmas,
+        guidance_scale=used("guidance_scale"),
+        height=used("height"),
+        width=used("width"),
+        num_frames=used("num_frames"),
+        fps=defaults.get("fps") or used("frame_rate") or used("fps") or DEFAULT_FPS,
+        pipeline_args={
+            name: value
+            for name, value in arguments.items()
+            if name not in ("guidance_scale", "height", "width", "num_frames")
+        },
+        dtype=config.dtype,
+        seed=config.seed,
+        num_trajectories=config.num_trajectories or len(prompts),
+        batch_size=config.batch_size,
+        scheduler={
+            "class": type(pipeline.scheduler).__name__,
+            "config": {name: value for name, value in pipeline.scheduler.config.items() if not name.startswith("_")},
+        },
+        nested_schedule=nested,
+        versions={name: version(name) for name in ("accvideo", "torch", "diffusers", "transformers")},
+    )
+
+
+def is_nested(grid: Sequence[float], other: Sequence[float], tolerance: float) -> bool:
+    """Whether two grids are the same within a tolerance."""
+    return len(grid) == len(other) and all(abs(a - b) <= tolerance for a, b in zip(grid, other, strict=True))
+
+
+def trajectories_of(seen: Watch, manifest: Manifest, items: range, prompts: Sequence[str]) -> list[Trajectory]:
+    """The trajectories of the items of one watched run."""
+    if seen.num_steps != manifest.num_steps or seen.final is None:
+        raise UserError(f"the pipeline took {seen.num_steps} steps of {manifest.num_steps}; accvideo needs all of them")
+    states = torch.stack([*(step.state for step in seen.steps), seen.final], dim=1)
+    return [
+        Trajectory(
+            index=index,
+            seed=manifest.seed,
+            prompt=prompts[index % len(prompts)],
+            states=states[row],
+            calls=tuple(step.call.select(slice(row, row + 1)) for step in seen.steps),
+            denoisers=tuple(step.denoiser for step in seen.steps),
+        )
+        for row, index in enumerate(items)
+    ]
+
+
+def progress_bar() -> Progress:
+    """A progress bar on stderr."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))
