@@ -1,17 +1,27 @@
 """Tiny random-weight pipelines of the real diffusers classes: no download, tokenizer and text encoder included.
 
 `tiny_wan_pipeline(...).save_pretrained(folder)` makes a teacher's folder. Clips are 32x32 pixels, 5 frames; pass
-`**TINY_CALL` to any of the pipelines.
+`**TINY_CALL` to any of the pipelines (`**TINY_HUNYUAN_CALL` to HunyuanVideo's).
 """
 
 import string
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLLTXVideo,
+    AutoencoderKLMochi,
     AutoencoderKLWan,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
+    MochiPipeline,
+    MochiTransformer3DModel,
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
@@ -20,9 +30,13 @@ from diffusers import (
 from PIL import Image
 from transformers import (
     CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
     CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    LlamaConfig,
+    LlamaModel,
     LlamaTokenizerFast,
     T5Config,
     T5EncoderModel,
@@ -31,8 +45,11 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-TINY_CALL: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 12}
+TINY_CALL: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 16}
 """Arguments of a pipeline's call that every tiny pipeline takes."""
+
+TINY_HUNYUAN_CALL: dict[str, Any] = {**TINY_CALL, "prompt_template": {"template": "{}", "crop_start": 0}}
+"""For HunyuanVideo, whose own template is longer than all of a tiny prompt."""
 
 LETTERS = string.ascii_letters + string.digits + string.punctuation
 TEXT_WIDTH = 16
@@ -151,6 +168,119 @@ def tiny_wan_i2v_pipeline(scheduler: str = "unipc", seed: int = 0) -> WanImageTo
     return quiet(pipeline)
 
 
+def tiny_hunyuan_pipeline(seed: int = 0) -> HunyuanVideoPipeline:
+    """HunyuanVideo T2V: embedded guidance, Llama and CLIP text encoders, 2 double and 2 single blocks."""
+    torch.manual_seed(seed)
+    transformer = HunyuanVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=10,
+        num_layers=2,
+        num_single_layers=2,
+        num_refiner_layers=1,
+        text_embed_dim=TEXT_WIDTH,
+        pooled_projection_dim=8,
+        rope_axes_dim=(2, 4, 4),
+    )
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=4,
+        block_out_channels=(4, 4, 4, 4),
+        layers_per_block=1,
+        norm_num_groups=2,
+        mid_block_add_attention=False,
+    )
+    llama = LlamaConfig(
+        vocab_size=len(LETTERS) + 4,
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    clip = CLIPTextConfig(
+        vocab_size=2 * len(LETTERS) + 2,
+        hidden_size=8,
+        projection_dim=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=2 * len(LETTERS),
+        eos_token_id=2 * len(LETTERS) + 1,
+    )
+    pipeline = HunyuanVideoPipeline(
+        text_encoder=LlamaModel(llama).eval(),
+        tokenizer=llama_tokenizer(),
+        transformer=transformer.eval(),
+        vae=vae.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder_2=CLIPTextModel(clip).eval(),
+        tokenizer_2=clip_tokenizer(),
+    )
+    return quiet(pipeline)
+
+
+def tiny_ltx_pipeline(seed: int = 0) -> LTXPipeline:
+    """LTX-Video T2V: packed state, doubled batch, shift that depends on the resolution."""
+    torch.manual_seed(seed)
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        num_layers=3,
+        caption_channels=TEXT_WIDTH,
+    )
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=4,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+        spatio_temporal_scaling=(True, True, False, False),
+        decoder_spatio_temporal_scaling=(True, True, False, False),
+        patch_size=2,
+    )
+    pipeline = LTXPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, base_image_seq_len=1024, shift_terminal=0.1
+        ),
+        vae=vae.eval(),
+        text_encoder=t5_encoder(),
+        tokenizer=t5_tokenizer(),
+        transformer=transformer.eval(),
+    )
+    return quiet(pipeline)
+
+
+def tiny_mochi_pipeline(seed: int = 0) -> MochiPipeline:
+    """Mochi: doubled batch, sigmas that rise from noise to video."""
+    torch.manual_seed(seed)
+    transformer = MochiTransformer3DModel(
+        in_channels=12,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=3,
+        pooled_projection_dim=16,
+        text_embed_dim=TEXT_WIDTH,
+        time_embed_dim=8,
+    )
+    vae = AutoencoderKLMochi(
+        latent_channels=12,
+        encoder_block_out_channels=(32, 32, 32, 32),
+        decoder_block_out_channels=(32, 32, 32, 32),
+        layers_per_block=(1, 1, 1, 1, 1),
+    )
+    pipeline = MochiPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+        vae=vae.eval(),
+        text_encoder=t5_encoder(),
+        tokenizer=t5_tokenizer(),
+        transformer=transformer.eval(),
+    )
+    return quiet(pipeline)
+
+
 def tiny_image(seed: int = 0) -> Image.Image:
     """Noise, 32x32 pixels."""
     pixels = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
@@ -161,3 +291,16 @@ def quiet(pipeline: Any) -> Any:
     """`pipeline` without its own progress bar."""
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+TINY_FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "wan-euler": (lambda: tiny_wan_pipeline("euler"), TINY_CALL),
+    "wan-unipc": (lambda: tiny_wan_pipeline("unipc"), TINY_CALL),
+    "wan-dpm": (lambda: tiny_wan_pipeline("dpm"), TINY_CALL),
+    "wan-experts": (lambda: tiny_wan_pipeline("euler", experts=2), TINY_CALL),
+    "wan-i2v": (tiny_wan_i2v_pipeline, {**TINY_CALL, "image": tiny_image()}),
+    "hunyuan": (tiny_hunyuan_pipeline, TINY_HUNYUAN_CALL),
+    "ltx": (tiny_ltx_pipeline, TINY_CALL),
+    "mochi": (tiny_mochi_pipeline, TINY_CALL),
+}
+"""Name -> a function that makes the pipeline, and the arguments of its call."""

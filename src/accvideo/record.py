@@ -306,7 +306,7 @@ def make_manifest(
     if not nested:
         print(
             f"warning: the {config.num_student_steps}-step grid of {type(pipeline.scheduler).__name__} is not on its "
-            f"{config.num_steps}-step grid: accvideo will run a student of it, a plain {type(pipeline).__name__} cannot\n"
+            f"{config.num_steps}-step grid: accvideo can run a student of it, a plain {type(pipeline).__name__} not\n"
             "Record with UniPCMultistepScheduler or DPMSolverMultistepScheduler (use_flow_sigmas=True) to export one",
             file=sys.stderr,
         )

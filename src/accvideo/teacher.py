@@ -165,21 +165,22 @@ def watch(
         output = original_step(*args, **kwargs)
         next_sample = output[0] if isinstance(output, tuple) else output.prev_sample
 
+        if not calls:
+            raise UserError(f"{type(pipeline).__name__} takes a step without calling its denoiser: not supported")
         if not seen.sigmas:
             seen.sigmas = scheduler.sigmas.tolist()
         index = scheduler.step_index - 1  # the step has just raised it
         sigma, next_sigma = seen.sigmas[index], seen.sigmas[index + 1]
         name, arguments = calls[0]  # guidance by two calls: the first is the conditional one
+        if state is not None:
+            call, following = capture_call(arguments, sample), next_sample.detach().float().clone()
+            step = WatchedStep(state, following, velocity.detach().float().clone(), sigma, next_sigma, name, call)
+            if seen.num_steps == 0:
+                check_rule(pipeline, step, next_sample.dtype)
+            if kept:
+                seen.steps.append(step)
         seen.num_calls += sum(len(arguments["hidden_states"]) // len(sample) for _, arguments in calls)
         calls.clear()
-        if seen.num_steps == 0:
-            assert state is not None
-            check_rule(pipeline, state, next_sample, velocity, sigma, next_sigma)
-        if kept:
-            assert state is not None
-            call = capture_call(arguments, sample)
-            following, velocity = next_sample.detach().float().clone(), velocity.detach().float().clone()
-            seen.steps.append(WatchedStep(state, following, velocity, sigma, next_sigma, name, call))
         seen.final = next_sample.detach().float()
         seen.num_steps += 1
         if on_step is not None:
@@ -210,18 +211,15 @@ def check_scheduler(pipeline: DiffusionPipeline) -> None:
         raise UserError(f"{what}, which takes {scheduler.order} calls a step; {SUPPORTED}")
 
 
-def check_rule(
-    pipeline: DiffusionPipeline, state: Latents, next_state: Latents, velocity: Latents, sigma: float, next_sigma: float
-) -> None:
-    """Checks that a step is `next = state + (next_sigma - sigma) * velocity`, to 0.1 % and rounding.
+def check_rule(pipeline: DiffusionPipeline, step: WatchedStep, dtype: torch.dtype) -> None:
+    """Checks that a step is `next = state + (next_sigma - sigma) * velocity`, to 0.1 % and the rounding of `dtype`.
 
     Raises:
         UserError: it is not.
     """
-    expected = euler_step(state, velocity.float(), sigma, next_sigma)
-    error = (next_state.float() - expected).norm().item()
-    rounding = 4 * torch.finfo(next_state.dtype).eps * state.norm().item()
-    length = (expected - state).norm().item()
+    expected = euler_step(step.state, step.velocity, step.sigma, step.next_sigma)
+    error, length = (step.next_state - expected).norm().item(), (expected - step.state).norm().item()
+    rounding = 4 * torch.finfo(dtype).eps * step.state.norm().item()
     if not error <= 1e-3 * length + rounding:
         name = f"{type(pipeline.scheduler).__name__} ({pipeline.scheduler.config.get('prediction_type', 'no type')})"
         raise UserError(
@@ -252,8 +250,9 @@ def denoising_grid(pipeline: DiffusionPipeline, num_steps: int, **arguments: Any
         run(num_inference_steps=num_steps, output_type="latent", **arguments)
     except _FirstCall:
         pass
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{type(pipeline).__name__} refuses its arguments: {str(error).splitlines()[0]}") from error
+    except (ValueError, TypeError, ArithmeticError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{type(pipeline).__name__} refuses its arguments or {num_steps} steps: {reason}") from error
     finally:
         for hook in hooks:
             hook.remove()
