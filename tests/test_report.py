@@ -1,0 +1,209 @@
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from accvideo.report import ShownClip, curves, log_ticks, nice_ticks, number, sprite, write_report
+
+VOID = {"meta", "input", "br"}
+
+
+class Page(HTMLParser):
+    """Checks that tags are balanced and collects text, ids of references and clips."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.text, self.references, self.sprites = "", [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.references += [values[name] for name in ("src", "href", "srcset") if name in values]
+        if "data-sprite" in values:
+            self.sprites.append(values["aria-label"])
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.text += data
+
+
+def estimate(mean: float, half: float) -> dict[str, float]:
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def row(name: str, steps: int, calls: int, guidance: float, denoising: float, right: float | None) -> dict[str, Any]:
+    """A row with numbers of the size that the playground gives."""
+    judged = None if right is None else estimate(right, 0.02)
+    metrics = dict.fromkeys(("all_right", "shape", "color", "background", "motion", "count"), judged)
+    metrics["rerender_psnr_db"] = None if right is None else estimate(18 + 10 * right, 0.4)
+    metrics["diversity_distance"] = None if right is None else estimate(0.12 - 0.06 * right, 0.008)
+    metrics["flicker"] = estimate(3.1, 0.12)
+    metrics["latent_mse"] = None if name == "teacher" else estimate(0.6 / calls, 0.02)
+    metrics["teacher_psnr_db"] = None if name == "teacher" else estimate(20 + calls, 0.3)
+    seconds = {"text": 0.004, "denoising": denoising, "decoding": 0.021}
+    return {
+        "name": name,
+        "model": "playground",
+        "num_steps": steps,
+        "guidance_scale": guidance,
+        "denoiser_calls": calls,
+        "seconds": seconds,
+        "seconds_denoising": denoising,
+        "seconds_end_to_end": sum(seconds.values()),
+        "metrics": metrics,
+    }
+
+
+def make_report(judged: bool = True) -> dict[str, Any]:
+    rows = [
+        row("teacher", 50, 100, 3.0, 0.66, 0.972),
+        row("teacher_few", 5, 10, 3.0, 0.068, 0.912),
+        row("teacher_equal_calls", 5, 5, 1.0, 0.034, 0.534),
+        row("teacher_equal_calls_other", 2, 4, 3.0, 0.027, 0.31),
+        row("student", 5, 5, 1.0, 0.034, 0.958),
+        row("playground-student", 5, 5, 1.0, 0.035, 0.969),
+    ]
+    if not judged:
+        rows = [{**row, "metrics": {**row["metrics"], **dict.fromkeys(JUDGED)}} for row in rows]
+    return {
+        "rows": rows,
+        "speedup": {"denoising": 19.4, "end_to_end": 11.6},
+        "num_prompts": 500,
+        "seed": 0,
+        "command": "accvideo evaluate runs/demo/student --out runs/demo/report",
+        "commit": "0123456789ab",
+        "device": "CPU, 2 threads, x86_64",
+        "teacher": "playground",
+        "student": "runs/demo/student",
+        "limits": ["Nothing is said about <real> videos.", "Intervals cover prompts and noise only."],
+    }
+
+
+JUDGED = (
+    "all_right",
+    "shape",
+    "color",
+    "background",
+    "motion",
+    "count",
+    "rerender_psnr_db",
+    "diversity_distance",
+)
+
+
+def make_clips(num: int, frames: int = 17, size: int = 64) -> list[ShownClip]:
+    """A bright square that moves over a dark background, blurred by noise that differs between the rows."""
+    clips = []
+    for index in range(num):
+        generator = torch.Generator().manual_seed(index)
+        clean = torch.full((frames, size, size, 3), 30.0) + 40 * torch.rand(3, generator=generator)
+        for i in range(frames):
+            start = 4 + 2 * i
+            clean[i, 20 + index : 40 + index, start : start + 20] = 255 * torch.rand(3, generator=generator).round()
+        noise = {"teacher": 2, "teacher_few": 12, "teacher_equal_calls": 50, "student": 4, "playground-student": 3}
+        clips.append(
+            ShownClip(
+                index,
+                f"a red star moves left and a blue ring bounces on a striped gray background {index}",
+                {
+                    name: (clean + sigma * torch.randn(clean.shape, generator=generator)).clamp(0, 255).byte()
+                    for name, sigma in noise.items()
+                },
+                {name: ["shape", "motion"] if name == "teacher_equal_calls" else [] for name in noise},
+            )
+        )
+    return clips
+
+
+def make_log() -> list[dict[str, Any]]:
+    return [
+        {
+            "iteration": i,
+            "keypoint": i % 5,
+            "trajectory": 0.5 * (1 + i % 5) * (1 + i) ** -0.3,
+            "head_accuracy": 0.5 + 0.08 * (i % 5) * (1 - 2.7 ** (-i / 100)),
+        }
+        for i in range(500)
+    ]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    clips = make_clips(3)
+    path = write_report(tmp_path_factory.mktemp("report"), make_report(), clips[:2], clips[2:], make_log(), 8)
+    return path.read_text("utf-8")
+
+
+def test_page_parses_and_holds_all_rows(page: str):
+    """Tags balance; every row stands in the table with its numbers, and its clips are on the page."""
+    parsed = Page(page)
+    assert not parsed.open
+    for text in ("50 steps guided", "100 calls", "Playground student", "97.2", "53.4", "11.6×", "0123456789ab"):
+        assert text in parsed.text
+    assert len(parsed.sprites) == 2 * 5 + 2
+    assert "shape, motion" in parsed.text and "Trajectory loss" in parsed.text and "key point 4" in parsed.text
+
+
+def test_page_needs_no_network(page: str):
+    """No address anywhere: neither in tags, nor in the style, nor in the script."""
+    assert not re.findall(r"(https?:)?//[a-z]", re.sub(r"data:image/webp;base64,[A-Za-z0-9+/=]+", "", page))
+    assert not Page(page).references
+    assert "url(" not in page and "@import" not in page
+
+
+def test_page_escapes_what_users_wrote(page: str):
+    assert "&lt;real&gt;" in page and "<real>" not in page
+
+
+def test_page_is_small_and_leaves_no_partial_file(tmp_path: Path):
+    """Ten prompts of five rows of the playground's size stay below three megabytes."""
+    path = write_report(tmp_path, make_report(), make_clips(10), [], [], 8)
+    assert path.stat().st_size < 3e6
+    assert [child.name for child in tmp_path.iterdir()] == ["index.html"]
+
+
+def test_page_without_a_judge(tmp_path: Path):
+    """Of a teacher without a judge the paired metrics are shown, and no dead columns."""
+    clips = [ShownClip(clip.index, clip.prompt, clip.frames) for clip in make_clips(1)]
+    text = Page(write_report(tmp_path, make_report(judged=False), clips, [], [], 8).read_text("utf-8")).text
+    assert "Latent error" in text and "PSNR to the teacher's clip" in text
+    assert "All properties right" not in text and "all right" not in text and "Training" not in text
+
+
+def test_sprite_holds_the_frames_side_by_side():
+    """Frames of the playground's size are kept; long and large clips are thinned and made smaller."""
+    frames = make_clips(1)[0].frames["teacher"]
+    assert sprite(frames)[1:] == (17, 64, 64)
+    large = torch.zeros(81, 96, 416, 3, dtype=torch.uint8)
+    assert sprite(large)[1:] == (41, 192, 44)
+
+
+def test_ticks_are_round_and_cover_the_range():
+    assert nice_ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert nice_ticks(13, 96) == [0, 20, 40, 60, 80, 100]
+    assert log_ticks(0.04, 3) == pytest.approx([0.05, 0.1, 0.2, 0.5, 1, 2])
+
+
+def test_numbers_have_three_digits():
+    assert [number(value) for value in (0, 0.012345, 1.2345, 12.345, 123.45)] == ["0", "0.0123", "1.23", "12.3", "123"]
+
+
+def test_curves_are_separate_for_each_key_point():
+    log = [{"iteration": i, "keypoint": i % 2, "trajectory": float(i % 2)} for i in range(6)]
+    assert json.dumps(curves([*log, {"iteration": 7}], "trajectory")) == json.dumps(
+        {0: [(0.0, 0.0), (2.0, 0.0), (4.0, 0.0)], 1: [(1.0, 1.0), (3.0, 1.0), (5.0, 1.0)]}
+    )
