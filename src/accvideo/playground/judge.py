@@ -43,7 +43,7 @@ _MIN_MOTION = 0.35
 _MAX_PATH_ERROR = 2.5
 """Root mean square distance of an object from its fitted path, in pixels, from which it moves like nothing known."""
 _NUM_PHASES = 128
-_NUM_STEPS = 4
+_MAX_STEPS = 12
 
 
 @dataclass(frozen=True)
@@ -686,64 +686,65 @@ def _fit_motions(tracks: _Tracks, shape: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def _refine(support: _Support, shape: Tensor, motion: Tensor, objects: Tensor) -> Tensor:
-    """Free numbers of least squared error in coverage, by damped Gauss-Newton from a good start."""
-    num, device = len(shape), shape.device
+    """Free numbers of least squared error in coverage, by damped Gauss-Newton until it falls no more."""
     path = world.object_paths(motion, objects)
-    starts = [_pixels_of(support, shape, i) for i in range(len(SHAPES))]
     parts = []
-    for i, rows in enumerate(starts):  # only pixels near the outline say anything
-        part = support[rows]
-        distance = part.distance(SHAPES[i], path[part.object, part.frame])
+    for i, name in enumerate(SHAPES):  # only pixels near the outline say anything
+        part = support[(shape[support.object] == i).nonzero()[:, 0]]
+        distance = part.distance(name, path[part.object, part.frame])
         parts.append(part[(distance.abs() < 2.5).nonzero()[:, 0]])
 
-    best, least = objects, torch.full((num,), torch.inf, device=device)
-    for step in range(_NUM_STEPS + 1):
-        path = world.object_paths(motion, objects)
-        slope_slope = torch.zeros(num * NUM_FRAMES, 16, device=device)
-        slope_miss = torch.zeros(num * NUM_FRAMES, 4, device=device)
-        error = torch.zeros(num, device=device)
-        for name, part in zip(SHAPES, parts, strict=True):
-            if len(part.object) == 0:
-                continue
-            with torch.enable_grad():
-                at = path[part.object, part.frame].requires_grad_()
-                distance = part.distance(name, at)
-                (slope,) = torch.autograd.grad(distance.sum(), at)
-            distance = distance.detach()
-            miss = (part.coverage - (0.5 - distance).clamp(0, 1)).clamp(-0.7, 0.7)
-            slope = -slope * (distance.abs() < 0.5)[:, None]
-            key = part.object * NUM_FRAMES + part.frame
-            error.index_add_(0, part.object, miss.square())
-            slope_slope.index_add_(0, key, (slope[:, :, None] * slope[:, None, :]).flatten(1))
-            slope_miss.index_add_(0, key, slope * miss[:, None])
-        better = error < least
-        best, least = torch.where(better[:, None], objects, best), torch.where(better, error, least)
-        if step == _NUM_STEPS:
+    limit = objects.new_tensor([2.0, 2.0, 1.0, 0.3, 2.0, 0.05])
+    best, least = objects, torch.full((len(shape),), torch.inf, device=shape.device)
+    active = torch.ones_like(shape, dtype=torch.bool)
+    for _ in range(_MAX_STEPS):
+        error, normal, gradient = _linearize(parts, motion, objects)
+        best = torch.where((active & (error < least))[:, None], objects, best)
+        active &= error < 0.98 * least
+        least = torch.where(active, error, least)
+        if not active.any():
             break
-        jacobian = _path_jacobian(motion, objects).double()  # [M, 17, 4, 6]
-        middle = slope_slope.view(num, NUM_FRAMES, 4, 4).double()
-        normal = torch.einsum("mtij,mtik,mtkl->mjl", jacobian, middle, jacobian)
-        gradient = torch.einsum("mtij,mti->mj", jacobian, slope_miss.view(num, NUM_FRAMES, 4).double())
-        diagonal = normal.diagonal(dim1=1, dim2=2)
-        normal = normal + torch.diag_embed(1e-2 * diagonal + 1e-3)
-        change = torch.linalg.solve(normal, gradient).float()
-        limit = objects.new_tensor([2.0, 2.0, 1.0, 0.3, 2.0, 0.05])
+        parts = [part[active[part.object].nonzero()[:, 0]] for part in parts]
+        damping = 1e-2 * normal.diagonal(dim1=1, dim2=2) + 1e-3
+        change = torch.linalg.solve(normal + torch.diag_embed(damping), gradient).float()
         objects = objects + change.clamp(-limit, limit)
         objects[:, 2].clamp_(min=2.0)
     return best
 
 
-def _pixels_of(support: _Support, shape: Tensor, index: int) -> Tensor:
-    return (shape[support.object] == index).nonzero()[:, 0]
+def _linearize(parts: list[_Support], motion: Tensor, objects: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared error of each object, and the matrix and right side of its normal equations, in double precision."""
+    num, device = len(objects), objects.device
+    path = world.object_paths(motion, objects)
+    error = torch.zeros(num, device=device)
+    square = torch.zeros(num * NUM_FRAMES, 16, device=device)
+    product = torch.zeros(num * NUM_FRAMES, 4, device=device)
+    for name, part in zip(SHAPES, parts, strict=True):
+        if len(part.object) == 0:
+            continue
+        with torch.enable_grad():
+            at = path[part.object, part.frame].requires_grad_()
+            distance = part.distance(name, at)
+            (slope,) = torch.autograd.grad(distance.sum(), at)
+        distance = distance.detach()
+        miss = (part.coverage - (0.5 - distance).clamp(0, 1)).clamp(-0.7, 0.7)
+        slope = -slope * (distance.abs() < 0.5)[:, None]
+        key = part.object * NUM_FRAMES + part.frame
+        error.index_add_(0, part.object, miss.square())
+        square.index_add_(0, key, (slope[:, :, None] * slope[:, None, :]).flatten(1))
+        product.index_add_(0, key, slope * miss[:, None])
+    jacobian = _path_jacobian(motion, objects)
+    square, product = square.view(num, NUM_FRAMES, 4, 4).double(), product.view(num, NUM_FRAMES, 4).double()
+    normal = torch.einsum("mtij,mtik,mtkl->mjl", jacobian, square, jacobian)
+    return error, normal, torch.einsum("mtij,mti->mj", jacobian, product)
 
 
 def _path_jacobian(motion: Tensor, objects: Tensor) -> Float[Tensor, "M 17 4 6"]:
-    columns = []
-    for i in range(len(world.PARAMETERS)):
-        tangent = torch.zeros_like(objects)
-        tangent[:, i] = 1.0
-        columns.append(torch.func.jvp(lambda o: world.object_paths(motion, o), (objects,), (tangent,))[1])
-    return torch.stack(columns, -1)
+    """Derivative of paths by free numbers, in double precision, by central differences."""
+    step = 1e-5 * torch.eye(len(world.PARAMETERS), dtype=torch.float64, device=objects.device)
+    both = torch.stack([objects[:, None] + step, objects[:, None] - step])
+    after, before = world.object_paths(motion[:, None].expand(both.shape[:-1]), both)
+    return ((after - before) / 2e-5).permute(0, 2, 3, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------- diversity
