@@ -1,0 +1,497 @@
+"""Stage 2: recorded trajectories in, a few-step student out. Algorithm 1 of AccVideo (arXiv:2503.19462)."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.optim import AdamW
+from tyro.conf import Positional
+
+from accvideo.checkpoint import MetricsLog, read_metrics
+from accvideo.discriminator import Discriminator
+from accvideo.losses import ADVERSARIAL_LOSSES, Logits, trajectory_loss
+from accvideo.student import Student, save_student, student_config
+from accvideo.teacher import fingerprint, teacher_path
+from accvideo.training import (
+    Batches,
+    Rollouts,
+    Training,
+    accumulate,
+    move_average,
+    paired_loss,
+    restore,
+    set_weights,
+    store,
+    student_step,
+    update,
+    weights,
+)
+from accvideo.trajectory import Manifest, TrajectoryBatch, TrajectoryFolder, collate_trajectories, write_whole
+from accvideo.types import Sigmas, UserError
+
+MAX_SKIPPED = 10  # iterations in a row without a finite gradient before the run stops
+PLACES = {"data", "out", "device", "save_every"}  # settings that change nothing in the student
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Distill a student from recorded trajectories."""
+
+    data: Positional[Path]
+    """Folder of trajectories that `accvideo record` made."""
+    out: Path
+    """Folder for the student. The same command again goes on where a killed run stopped."""
+    num_iterations: int = 400
+    """Iterations; each trains one key point, from noise to video and around again, on one batch."""
+    batch_size: int = 16
+    """Trajectories an iteration."""
+    full: bool = False
+    """Train all weights of the teacher's copy instead of a LoRA."""
+    lora_rank: int = 16
+    """Rank of the LoRA on every linear layer of the blocks."""
+    learning_rate: float = 2e-3
+    """Of the student (AdamW). About 2e-3 suits a LoRA of a small model, 2e-4 its full weights."""
+    head_learning_rate: float = 1e-3
+    """Of the discriminator's heads (AdamW)."""
+    weight_decay: float = 0.0
+    """Of both optimizers."""
+    max_gradient_norm: float = 1.0
+    """Longer gradients are scaled down to this norm."""
+    warmup_iterations: int = 0
+    """Iterations over which both learning rates rise from 0."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rates after the warm-up: constant, or falling to 0 along half a cosine."""
+    adversarial_weight: float = 0.1
+    """Weight of the adversarial loss (lambda_adv of the paper); 0 leaves that half of the method out."""
+    adversarial_loss: Literal["nonsaturating", "saturating", "hinge"] = "nonsaturating"
+    """Form of the adversarial loss; "saturating" is Eq. 7 of the paper read literally."""
+    adversarial_start: int = 0
+    """Iteration from which the adversarial half takes part; it starts with the next sweep of the key points."""
+    update: Literal["alternating", "joint"] = "joint"
+    """One student update for each of the two losses, as in Algorithm 1, or one for their sum."""
+    shared_head: bool = False
+    """One discriminator head for all key points (ablation c of the paper) instead of one each."""
+    head_kernel: Literal[1, 3] = 1
+    """Size of the heads' convolutions, in tokens."""
+    feature_layers: tuple[int, int] | None = None
+    """Blocks (from 1) whose output the heads see: where noise is left, and at the video. None: the last block, and the
+    one at two thirds of the depth."""
+    ema_decay: float = 0.0
+    """Decay an iteration of the running mean of the weights, which is then validated and saved; 0: off."""
+    num_validation: int = 16
+    """Trajectories held out for validation; 0: none."""
+    validate_every: int = 50
+    """Iterations between validations."""
+    keep_best: bool = False
+    """Save the student of the best validation (latent error) instead of the last."""
+    patience: int = 0
+    """Stop after this many validations without a better one; 0: never."""
+    save_every: int = 100
+    """Iterations between checkpoints."""
+    gradient_checkpointing: bool = False
+    """Keep less for the backward pass and compute it again: less memory, a third more time."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the denoisers' arithmetic; weights that train are float32. "auto": bfloat16 where the hardware has it."""
+    device: str = "auto"
+    """Torch device; "auto": cuda where there is one."""
+    seed: int = 0
+    """Of the data order, the fresh noise and new weights."""
+
+    def __post_init__(self) -> None:
+        at_least = {"num_iterations": 1, "batch_size": 1, "lora_rank": 1, "validate_every": 1, "save_every": 1}
+        at_least |= {"num_validation": 0, "warmup_iterations": 0, "adversarial_weight": 0, "patience": 0}
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}; the least is {least}")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"ema_decay is {self.ema_decay}; choose 0 (off) or a number below 1, such as 0.99")
+        if (self.keep_best or self.patience) and not self.num_validation:
+            raise UserError("keep_best and patience need held-out trajectories; set num_validation to 1 or more")
+
+
+def paper(data: Path, out: Path) -> DistillConfig:
+    """The paper's own settings (arXiv:2503.19462, section 5), for a teacher and a data set of its size."""
+    return DistillConfig(
+        data=data,
+        out=out,
+        num_iterations=1200,
+        batch_size=32,
+        full=True,
+        learning_rate=5e-6,
+        head_learning_rate=5e-6,
+        adversarial_weight=0.1,
+        update="alternating",
+        num_validation=0,
+        gradient_checkpointing=True,
+    )
+
+
+PRESETS: dict[str, Callable[..., DistillConfig]] = {"default": DistillConfig, "paper": paper}
+"""Configurations by the name that `--preset` knows; called with `data` and `out`."""
+
+
+def train(
+    config: DistillConfig,
+    training: Training,
+    sigmas: Sigmas,
+    batches: Batches,
+    held_out: Sequence[TrajectoryBatch] = (),
+    log: Callable[[dict[str, Any]], None] = lambda line: None,
+    save: Callable[[], None] = lambda: None,
+) -> None:
+    """Algorithm 1 of the paper, from `training.iteration` on.
+
+    Args:
+        config: the settings.
+        training: student, heads, optimizers and queues; changed in place.
+        sigmas: noise levels of the K + 1 key points.
+        batches: the training data.
+        held_out: the validation data.
+        log: takes each line of metrics.
+        save: writes a checkpoint of `training`.
+
+    Raises:
+        UserError: no finite gradient for `MAX_SKIPPED` iterations in a row.
+    """
+    student, discriminator, rollouts = training.student, training.discriminator, training.rollouts
+    optimizer, head_optimizer = training.student_optimizer, training.head_optimizer
+    adversarial, alternating = ADVERSARIAL_LOSSES[config.adversarial_loss], config.update == "alternating"
+    clip = config.max_gradient_norm
+    stream = batches(training.iteration)
+    while training.iteration < config.num_iterations and not out_of_patience(config, training):
+        iteration, began = training.iteration, time.perf_counter()
+        keypoint = iteration % (len(sigmas) - 1)  # 0 starts at the noise, the last ends at the video
+        batch = next(stream)
+        set_learning_rates(config, training)
+
+        # Teacher-forced: match the teacher's mean velocity between two stored states (Eq. 6).
+        loss = paired_loss(student, batch, sigmas, keypoint).mean()
+        accumulate(loss, optimizer)
+        line = {"trajectory_loss": loss.detach()}
+
+        # Free-running: a step from latents the student made from fresh noise, judged at their own noise level (Eq. 7).
+        if discriminator is not None and keypoint == 0 and iteration >= config.adversarial_start:
+            rollouts.start(batch, iteration)
+        judged = bool(rollouts.queues[keypoint])
+        if alternating or not judged:
+            line["gradient_norm"] = update(optimizer, clip)
+        if judged:
+            assert discriminator is not None and head_optimizer is not None
+            rollout = rollouts.advance(student, sigmas, keypoint)
+            fake_features = discriminator.features(rollout.latents, rollout.batch, keypoint)
+            generator_loss = adversarial.generator(discriminator.logits(fake_features, keypoint)).mean()
+            accumulate(config.adversarial_weight * generator_loss, optimizer)
+            line["adversarial_gradient_norm" if alternating else "gradient_norm"] = update(optimizer, clip)
+
+            with torch.no_grad():
+                real_features = discriminator.features(rollout.batch.states[:, keypoint + 1], rollout.batch, keypoint)
+            features = torch.cat([real_features, fake_features.detach()])
+            real_logits, fake_logits = discriminator.logits(features, keypoint).chunk(2)
+            head_loss = adversarial.head(real_logits, fake_logits).mean()
+            accumulate(config.adversarial_weight * head_loss, head_optimizer)
+            line["head_gradient_norm"] = update(head_optimizer, clip)
+            line |= {"generator_loss": generator_loss.detach(), "head_loss": head_loss.detach()}
+            line |= judgement(real_logits.detach(), fake_logits.detach())
+
+        move_average(config.ema_decay, training)
+        values = {name: float(value) for name, value in line.items()}
+        count_skipped(config, training, values)
+        log({"iteration": iteration, "keypoint": keypoint} | values | {"seconds": time.perf_counter() - began})
+
+        training.iteration += 1
+        last = training.iteration == config.num_iterations
+        if held_out and (training.iteration % config.validate_every == 0 or last):
+            log({"iteration": iteration} | validate(config, training, held_out, sigmas))
+        if training.iteration % config.save_every == 0 or last:
+            save()
+
+
+def set_learning_rates(config: DistillConfig, training: Training) -> None:
+    """Set the learning rates of this iteration."""
+    factor = min(1.0, (training.iteration + 1) / (config.warmup_iterations + 1))
+    if config.schedule == "cosine":
+        done = (training.iteration - config.warmup_iterations) / (config.num_iterations - config.warmup_iterations)
+        factor *= 0.5 * (1 + math.cos(math.pi * max(0.0, done)))
+    for optimizer, rate in (
+        (training.student_optimizer, config.learning_rate),
+        (training.head_optimizer, config.head_learning_rate),
+    ):
+        for group in optimizer.param_groups if optimizer is not None else ():
+            group["lr"] = factor * rate
+
+
+def judgement(real_logits: Logits, fake_logits: Logits) -> dict[str, Tensor]:
+    """How well the heads tell the teacher's latents from the student's: share of tokens judged right, and the gap."""
+    return {
+        "real_accuracy": (real_logits > 0).float().mean(),
+        "fake_accuracy": (fake_logits < 0).float().mean(),
+        "logit_gap": real_logits.mean() - fake_logits.mean(),
+    }
+
+
+def count_skipped(config: DistillConfig, training: Training, values: dict[str, float]) -> None:
+    """Count iterations in a row in which an update was skipped.
+
+    Raises:
+        UserError: there are too many.
+    """
+    finite = all(math.isfinite(value) for name, value in values.items() if name.endswith("norm"))
+    training.num_skipped = 0 if finite else training.num_skipped + 1
+    if training.num_skipped == MAX_SKIPPED:
+        raise UserError(
+            f"no finite gradient in {MAX_SKIPPED} iterations up to {training.iteration}: the training has diverged\n"
+            f"The last checkpoint is kept; distill to another --out with a learning rate below {config.learning_rate:g}"
+        )
+
+
+@torch.no_grad()
+def validate(
+    config: DistillConfig, training: Training, held_out: Sequence[TrajectoryBatch], sigmas: Sigmas
+) -> dict[str, Any]:
+    """Measure the student on trajectories it is not trained on, and remember it if it is the best so far.
+
+    The result has the trajectory loss by key point ("validation_loss"), and the mean squared distance between the
+    student's video latents and the teacher's from the same noise ("latent_error").
+    """
+    student, num_steps = training.student, len(sigmas) - 1
+    losses, errors = torch.zeros(num_steps), torch.zeros(())
+    with weights(student, training.average):
+        for batch in held_out:
+            latents = batch.states[:, 0]
+            for keypoint in range(num_steps):
+                losses[keypoint] += paired_loss(student, batch, sigmas, keypoint).sum().cpu()
+                latents = student_step(student, batch, latents, sigmas, keypoint)
+            errors += trajectory_loss(latents, batch.states[:, -1]).sum().cpu()
+    num_samples = sum(len(batch.states) for batch in held_out)
+    error = float(errors) / num_samples
+    training.num_since_best += 1
+    if training.best_error is None or error < training.best_error:
+        training.best_error, training.num_since_best = error, 0
+        if config.keep_best:
+            best = training.average or student.trained()
+            training.best = {name: weight.detach().clone() for name, weight in best.items()}
+    return {"validation_loss": (losses / num_samples).tolist(), "latent_error": error}
+
+
+def out_of_patience(config: DistillConfig, training: Training) -> bool:
+    """Whether enough validations have passed without a better one."""
+    return 0 < config.patience <= training.num_since_best
+
+
+def distill(config: DistillConfig) -> dict[str, Any]:
+    """Distill a student from the trajectories in `config.data` into `config.out`; go on where a killed run stopped.
+
+    Returns:
+        The student's folder, iterations, seconds and last validation.
+
+    Raises:
+        UserError: data set and teacher do not match, or the output folder holds something else.
+    """
+    began = time.perf_counter()
+    folder = TrajectoryFolder(config.data)
+    manifest, config = folder.manifest, resolved(config)
+    console = Console(stderr=True)
+    claim_folder(config, manifest)
+    metrics_path = config.out / "metrics.jsonl"
+    if (config.out / "student.json").exists():
+        console.print(f"{config.out} holds the finished student of these settings already")
+        return {"folder": str(config.out), "num_iterations": config.num_iterations, **last_validation(metrics_path)}
+
+    order = torch.randperm(len(folder), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    kept_out, indices = order[: config.num_validation], order[config.num_validation :]
+    if not indices:
+        raise UserError(
+            f"{config.data} holds {len(folder)} trajectories and num_validation is {config.num_validation}: "
+            "none is left to train on; record more, or hold out fewer"
+        )
+
+    def batches(start: int) -> Iterator[TrajectoryBatch]:
+        return (to_device(b, config.device) for b in folder.batches(config.batch_size, config.seed, start, indices))
+
+    chunks = [kept_out[start : start + config.batch_size] for start in range(0, len(kept_out), config.batch_size)]
+    held_out = [to_device(collate_trajectories([folder[i] for i in chunk]), config.device) for chunk in chunks]
+    sigmas = manifest.key_sigmas
+    training = start_training(config, load_denoisers(manifest), sigmas, next(batches(0)))
+    restore(config.out / "checkpoints", training, batches)
+
+    with MetricsLog(metrics_path, training.iteration) as metrics, progress_bar(console, config, training) as show:
+
+        def log(line: dict[str, Any]) -> None:
+            metrics.write(line)
+            show(line)
+
+        save = partial(store, config.out / "checkpoints", training)
+        train(config, training, sigmas, batches, held_out, log, save)
+
+    set_weights(training.student, training.best or training.average)
+    last = last_validation(metrics_path)
+    rank = None if config.full else config.lora_rank
+    recipe = {name: value for name, value in settings(config).items() if name not in PLACES}
+    student = student_config(manifest, next(batches(0)).calls, rank, recipe)
+    save_student(config.out, training.student, student, last)
+    seconds = time.perf_counter() - began
+    return {"folder": str(config.out), "num_iterations": training.iteration, "seconds": seconds, **last}
+
+
+def start_training(
+    config: DistillConfig, denoisers: dict[str, nn.Module], sigmas: Sigmas, batch: TrajectoryBatch
+) -> Training:
+    """Student, heads, optimizers and empty queues before the first iteration.
+
+    Args:
+        config: the settings, resolved.
+        denoisers: the teacher's, by name; they become the student's.
+        sigmas: noise levels of the K + 1 key points.
+        batch: any batch of the data set.
+    """
+    device, adversarial = torch.device(config.device), config.adversarial_weight > 0
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        student = Student(
+            denoisers,
+            lora_rank=None if config.full else config.lora_rank,
+            autocast=partial(torch.autocast, device.type, torch.bfloat16, enabled=config.precision == "bfloat16"),
+            keep_teacher=adversarial,
+            gradient_checkpointing=config.gradient_checkpointing,
+        ).to(device)
+        discriminator = None
+        if adversarial:
+            discriminator = Discriminator(
+                student, sigmas, batch, config.feature_layers, config.head_kernel, config.shared_head
+            ).to(device)
+    trained = student.trained()
+    optimizer = partial(AdamW, weight_decay=config.weight_decay, fused=True)
+    return Training(
+        student=student,
+        student_optimizer=optimizer(trained.values(), lr=config.learning_rate),
+        rollouts=Rollouts(len(sigmas) - 1, config.seed),
+        discriminator=discriminator,
+        head_optimizer=optimizer(discriminator.parameters(), lr=config.head_learning_rate) if discriminator else None,
+        average={name: p.detach().clone() for name, p in trained.items()} if config.ema_decay else {},
+    )
+
+
+def load_denoisers(manifest: Manifest) -> dict[str, nn.Module]:
+    """The teacher's denoisers, and nothing else of its pipeline, in the type they were recorded in.
+
+    Raises:
+        UserError: the teacher cannot be loaded, or is not the recorded one.
+    """
+    name = teacher_path(manifest.teacher) or manifest.teacher
+    dtype, found = getattr(torch, manifest.dtype), {}
+    try:
+        components: Any = DiffusionPipeline.load_config(name, revision=manifest.revision)
+        for component, recorded in manifest.fingerprints.items():
+            denoiser_class = getattr(diffusers, components[component][1])
+            found[component] = denoiser_class.from_pretrained(
+                name, subfolder=component, revision=manifest.revision, torch_dtype=dtype, use_safetensors=True
+            )
+            if fingerprint(found[component]) != recorded:
+                raise UserError(
+                    f"the data set was recorded with another teacher than {manifest.teacher} is now\n"
+                    f"Its {component} differs; use the data set with its own teacher, or record again"
+                )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"cannot load the data set's teacher {manifest.teacher}: {reason}") from error
+    return found
+
+
+def resolved(config: DistillConfig) -> DistillConfig:
+    """The settings with "auto" replaced by what this machine has."""
+    device, precision = config.device, config.precision
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if precision == "auto":
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        precision = "bfloat16" if device != "cpu" or fast else "float32"
+    return replace(config, device=device, precision=precision)
+
+
+def settings(config: DistillConfig) -> dict[str, Any]:
+    """The configuration as JSON."""
+    return json.loads(json.dumps(asdict(config), default=str))
+
+
+def claim_folder(config: DistillConfig, manifest: Manifest) -> None:
+    """Make `config.out` the folder of these settings, or see that it is.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    path = config.out / "config.json"
+    own = settings(config) | {"num_trajectories": manifest.num_trajectories, "fingerprints": manifest.fingerprints}
+    if not path.exists():
+        if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
+            raise UserError(f"{config.out} exists and holds no run of accvideo distill; choose another --out")
+        config.out.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(own, indent=2).encode() + b"\n")
+        return
+    theirs = json.loads(path.read_text("utf-8"))
+    differing = [name for name in own if name not in PLACES and own[name] != theirs.get(name)]
+    if differing:
+        changes = ", ".join(f"{name} {theirs.get(name)}, now {own[name]}" for name in differing)
+        raise UserError(
+            f"{config.out} holds a student of other settings ({changes})\n"
+            "Give the same settings to go on with it, or another --out"
+        )
+
+
+def to_device(batch: TrajectoryBatch, device: str) -> TrajectoryBatch:
+    """The same batch on a device."""
+    return replace(batch, states=batch.states.to(device), calls=tuple(call.to(device) for call in batch.calls))
+
+
+def last_validation(path: Path) -> dict[str, float]:
+    """The last validation in a metrics file: loss by key point and latent error; empty if there is none."""
+    for line in reversed(read_metrics(path)):
+        if "latent_error" in line:
+            losses = {f"validation_loss_{k}": loss for k, loss in enumerate(line["validation_loss"])}
+            return losses | {"latent_error": line["latent_error"]}
+    return {}
+
+
+@contextmanager
+def progress_bar(
+    console: Console, config: DistillConfig, training: Training
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A live bar on stderr with smoothed losses and the time left; gives a function that takes each line of metrics."""
+    columns = (
+        TextColumn("distill"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    shown: dict[str, float] = {}
+    labels = {
+        "trajectory_loss": "trajectory",
+        "generator_loss": "generator",
+        "real_accuracy": "real right",
+        "fake_accuracy": "fake right",
+        "latent_error": "validation",
+    }
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=config.num_iterations, completed=training.iteration)
+
+        def show(line: dict[str, Any]) -> None:
+            for name in labels.keys() & line.keys():
+                share = 1.0 if name == "latent_error" else 0.1
+                value = float(line[name])
+                shown[name] = (1 - share) * shown.get(name, value) + share * value
+            description = "  ".join(f"{labels[name]} {shown[name]:.3f}" for name in labels if name in shown)
+            progress.update(task, completed=line["iteration"] + 1, description=description)
+
+        yield show

@@ -1,0 +1,448 @@
+"""The few-step student: made from the teacher's denoisers, saved, and loaded into the teacher's own pipeline."""
+
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import ConfigMixin, DiffusionPipeline, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from accvideo.call import DenoiserCall, denoiser_blocks, layer_features, replay
+from accvideo.flow import euler_step
+from accvideo.teacher import denoisers, fingerprint, load_pipeline
+from accvideo.trajectory import Manifest, write_whole
+from accvideo.types import Latents, UserError
+
+LORA_FILES = {"transformer": "pytorch_lora_weights.safetensors", "transformer_2": "pytorch_lora_weights_2.safetensors"}
+"""The LoRA of each denoiser; `pipeline.load_lora_weights(folder)` reads the first."""
+
+
+class Student(nn.Module):
+    """The student's denoisers and, frozen, the teacher's that they start as.
+
+    With LoRA both are the same modules, adapters on or off: one copy of the weights. Else the teacher is a copy.
+
+    Args:
+        denoisers: the teacher's denoisers by their names in its pipeline; changed in place.
+        lora_rank: rank of the adapters on every linear layer of the blocks; None trains all weights.
+        autocast: makes the context that the denoisers run in, such as bfloat16 autocast.
+        keep_teacher: whether `teacher_features` will be asked for.
+        gradient_checkpointing: keep only the blocks' inputs for the backward pass, and compute the rest again.
+    """
+
+    def __init__(
+        self,
+        denoisers: Mapping[str, nn.Module],
+        lora_rank: int | None,
+        autocast: Callable[[], Any] | None = None,
+        keep_teacher: bool = True,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        for denoiser in denoisers.values():
+            denoiser.requires_grad_(False)
+        # A plain dict, so that the teacher's weights are no part of this module's parameters.
+        self.teachers = dict(denoisers)
+        if lora_rank is None and keep_teacher:
+            self.teachers = {name: deepcopy(denoiser) for name, denoiser in denoisers.items()}
+        self.denoisers = nn.ModuleDict(denoisers)
+        for denoiser in denoisers.values():
+            if lora_rank is None:
+                denoiser.requires_grad_(True).float()
+            else:
+                add_lora(denoiser, lora_rank)
+        self.adapters = [module for module in self.modules() if isinstance(module, BaseTunerLayer)]
+        self.autocast = autocast or partial(torch.autocast, "cpu", enabled=False)
+        if gradient_checkpointing:
+            models: list[Any] = [*self.denoisers.values(), *self.teachers.values()]
+            for denoiser in models:
+                denoiser.enable_gradient_checkpointing(checkpointed)
+
+    def velocity(self, denoiser: str, call: DenoiserCall, latents: Latents) -> Latents:
+        """The student's velocity, float32, where the teacher's denoiser of this name made this call."""
+        with self.autocast():
+            return replay(self.denoisers[denoiser], call, latents)
+
+    def teacher_features(self, denoiser: str, call: DenoiserCall, latents: Latents, layer: int) -> Tensor:
+        """The frozen teacher's features `[batch, tokens, width]` after block number `layer` (from 1).
+
+        No `no_grad` here: the student learns through the frozen teacher, from the logits back to its own latents.
+        """
+        with self.autocast(), self.without_adapters():
+            return layer_features(self.teachers[denoiser], call, latents, layer)
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """A context in which a LoRA student is its teacher."""
+        # Not peft's `enable_adapters`: that switches `requires_grad` as well, on parameters that a graph already holds.
+        for adapter in self.adapters:
+            adapter._disable_adapters = True
+        try:
+            yield
+        finally:
+            for adapter in self.adapters:
+                adapter._disable_adapters = False
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that training changes, by name."""
+        return {name: parameter for name, parameter in self.denoisers.named_parameters() if parameter.requires_grad}
+
+
+def add_lora(denoiser: Any, rank: int) -> None:
+    """Add float32 adapters of this rank, zero at the start, to every linear layer of the denoiser's blocks.
+
+    Hu et al. 2021, arXiv:2106.09685, with alpha equal to the rank.
+    """
+    linear = {
+        name for block in denoiser_blocks(denoiser) for name, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    }  # fmt: skip
+    denoiser.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(linear)))
+    for parameter in denoiser.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def checkpointed(block: nn.Module, *args: Any) -> Any:
+    """Run a block and drop what it computed; the backward pass computes it again, with adapters as they are now."""
+    adapters = [module for module in block.modules() if isinstance(module, BaseTunerLayer)]
+    disabled = [adapter._disable_adapters for adapter in adapters]
+
+    def run(*args: Any) -> Any:
+        before = [adapter._disable_adapters for adapter in adapters]
+        try:
+            for adapter, value in zip(adapters, disabled, strict=True):
+                adapter._disable_adapters = value
+            return block(*args)
+        finally:
+            for adapter, value in zip(adapters, before, strict=True):
+                adapter._disable_adapters = value
+
+    return checkpoint(run, *args, use_reentrant=False)
+
+
+class KeyPointScheduler(SchedulerMixin, ConfigMixin):
+    """Euler steps over a student's own noise levels, for pipelines whose scheduler cannot be made to visit them.
+
+    Whatever number of steps, sigmas or shift a pipeline asks for, these are the levels the student was trained at.
+
+    Args:
+        sigmas: K + 1 noise levels, the last one is the video's.
+        timesteps: what the denoiser is told at the first K of them.
+        num_train_timesteps: the timestep of sigma 1; some pipelines read it.
+    """
+
+    order = 1
+    init_noise_sigma = 1.0
+
+    @register_to_config
+    def __init__(self, sigmas: list[float], timesteps: list[float], num_train_timesteps: int = 1000) -> None:
+        self.set_timesteps()
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Any = None,
+        **_: Any,
+    ) -> None:
+        """Go back to the first level.
+
+        Raises:
+            UserError: if another number of steps is asked for than the student has.
+        """
+        settings: Any = self.config
+        num_steps = len(settings.timesteps)
+        asked = num_inference_steps if sigmas is None else len(sigmas)
+        if asked not in (None, num_steps):
+            raise UserError(f"{asked} steps asked of a student with {num_steps} steps; use {num_steps}")
+        self.sigmas = torch.tensor(settings.sigmas, dtype=torch.float32)
+        whole = all(float(timestep).is_integer() for timestep in settings.timesteps)
+        dtype = torch.int64 if whole else torch.float32
+        self.timesteps = torch.tensor(settings.timesteps, dtype=dtype, device=device)
+        self.num_inference_steps = num_steps
+        self.set_begin_index(0)
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Make the next step the one from level `begin_index`."""
+        self.begin_index = self.step_index = begin_index
+
+    def scale_model_input(self, sample: Tensor, *_: Any, **__: Any) -> Tensor:
+        """The sample itself: flow matching scales nothing."""
+        return sample
+
+    def step(
+        self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True, **_: Any
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """One Euler step in float32 to the next level."""
+        sigma, next_sigma = (float(level) for level in self.sigmas[self.step_index : self.step_index + 2])
+        self.step_index += 1
+        sample = euler_step(sample.float(), model_output.float(), sigma, next_sigma).to(sample.dtype)
+        return SchedulerOutput(prev_sample=sample) if return_dict else (sample,)
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+
+def scheduler_timestep(call: DenoiserCall, sigma: float) -> float:
+    """The scheduler's timestep at a recorded call: what the denoiser was told, if that is a timestep.
+
+    Schedulers round it in different ways, so that 1000 times sigma is not exact.
+    """
+    told = float(call.tensors["timestep"].double().max())  # tokens that are given hold 0 (Wan 2.2 5B)
+    return told if abs(told - 1000 * sigma) < 1.5 else 1000 * sigma
+
+
+def student_scheduler(manifest: Manifest, timesteps: list[float]) -> SchedulerMixin:
+    """The scheduler that takes the student through its key points.
+
+    It is the teacher's own class where that, asked for K steps, visits the recorded levels and timesteps by Euler
+    steps, so that plain diffusers runs the student too. Otherwise it is a `KeyPointScheduler`.
+    """
+    sigmas = [float(sigma) for sigma in manifest.key_sigmas]
+    if manifest.nested_schedule:
+        scheduler_class = getattr(diffusers, manifest.scheduler["class"])
+        takes = inspect.signature(scheduler_class.__init__).parameters
+        first_order = {"solver_order": 1, "disable_corrector": list(range(len(timesteps)))}
+        changes = {name: value for name, value in first_order.items() if name in takes}
+        scheduler = scheduler_class.from_config(dict(manifest.scheduler["config"]) | changes)
+        if walks(scheduler, sigmas, timesteps):
+            return scheduler_class.from_config(scheduler.config)
+    return KeyPointScheduler(sigmas, timesteps)
+
+
+def walks(scheduler: Any, sigmas: list[float], timesteps: list[float]) -> bool:
+    """Whether the scheduler, asked for that many steps, takes Euler steps through these levels at these timesteps."""
+    num_steps = len(timesteps)
+    if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
+        scheduler.set_timesteps(sigmas=[1 - step / num_steps for step in range(num_steps)])
+    else:
+        scheduler.set_timesteps(num_steps)
+    same_levels = torch.allclose(scheduler.sigmas.double(), torch.tensor(sigmas).double(), atol=1e-5)
+    same_times = torch.allclose(scheduler.timesteps.double(), torch.tensor(timesteps).double(), atol=1e-2)
+    if not (same_levels and same_times):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    walked = euler = torch.randn(1, 64, generator=generator)
+    for step, timestep in enumerate(scheduler.timesteps):
+        velocity = torch.randn(1, 64, generator=generator)
+        walked = scheduler.step(velocity, timestep, walked, return_dict=False)[0]
+        euler = euler_step(euler, velocity, sigmas[step], sigmas[step + 1])
+    return torch.allclose(walked, euler, atol=1e-4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """What a student is and how to run it: `student.json`, written last, marks a finished student folder."""
+
+    teacher: str
+    """"playground", a folder or a hub id: the pipeline that the student runs in."""
+    revision: str | None
+    license: str | None
+    """The teacher's, which binds the student too."""
+    pipeline_class: str
+    fingerprints: dict[str, str]
+    """Of the teacher's denoisers."""
+    num_steps: int
+    """K, also the number of denoiser calls."""
+    sigmas: list[float]
+    """The K + 1 noise levels."""
+    timesteps: list[float]
+    """What the denoiser is told at the first K of them."""
+    guidance_scale: float = 1.0
+    """1: off, the teacher's guidance is distilled in."""
+    teacher_guidance_scale: float | None
+    """None: the pipeline's own default."""
+    teacher_num_steps: int
+    height: int | None
+    width: int | None
+    num_frames: int | None
+    fps: float
+    pipeline_args: dict[str, Any]
+    """Further arguments of the pipeline's call, as recorded."""
+    lora_rank: int | None
+    """None: full weights."""
+    scheduler: dict[str, Any]
+    """"class" and "config"."""
+    recipe: dict[str, Any]
+    """The distillation's own configuration."""
+
+
+def student_config(
+    manifest: Manifest, calls: Sequence[DenoiserCall], lora_rank: int | None, recipe: dict[str, Any]
+) -> StudentConfig:
+    """The configuration of a student of the recorded teacher.
+
+    Args:
+        manifest: of the data set.
+        calls: the K calls of any trajectory.
+        lora_rank: None for full weights.
+        recipe: how the student was distilled.
+    """
+    timesteps = [scheduler_timestep(*pair) for pair in zip(calls, manifest.key_sigmas.tolist(), strict=False)]
+    scheduler: Any = student_scheduler(manifest, timesteps)
+    plain = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    return StudentConfig(
+        teacher=manifest.teacher,
+        revision=manifest.revision,
+        license=manifest.license,
+        pipeline_class=manifest.pipeline_class,
+        fingerprints=manifest.fingerprints,
+        num_steps=manifest.num_student_steps,
+        sigmas=manifest.key_sigmas.tolist(),
+        timesteps=timesteps,
+        teacher_guidance_scale=manifest.guidance_scale,
+        teacher_num_steps=manifest.num_steps,
+        height=manifest.height,
+        width=manifest.width,
+        num_frames=manifest.num_frames,
+        fps=manifest.fps,
+        pipeline_args=manifest.pipeline_args,
+        lora_rank=lora_rank,
+        scheduler={"class": type(scheduler).__name__, "config": plain},
+        recipe=recipe,
+    )
+
+
+def save_student(folder: Path, student: Student, config: StudentConfig, metrics: Mapping[str, float]) -> None:
+    """Write weights, scheduler, model card and, last, `student.json`.
+
+    Args:
+        folder: where to; made if need be.
+        student: its weights.
+        config: what `student_config` made.
+        metrics: numbers for the model card, by name.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        denoiser: Any
+        for name, denoiser in student.denoisers.items():
+            if config.lora_rank is None:
+                denoiser.save_pretrained(folder / name)
+            else:
+                save_lora(folder / LORA_FILES[name], denoiser)
+        make_scheduler(config).save_pretrained(folder / "scheduler")
+        (folder / "README.md").write_text(model_card(config, metrics), encoding="utf-8")
+        write_whole(folder / "student.json", json.dumps(asdict(config), indent=2).encode() + b"\n")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write the student to {folder}: {error}") from error
+
+
+def save_lora(path: Path, denoiser: Any) -> None:
+    """Write a denoiser's adapters as diffusers does, so that `load_lora_weights` reads them."""
+    tensors = get_peft_model_state_dict(denoiser)
+    settings = {
+        name: list(v) if isinstance(v, set) else v for name, v in denoiser.peft_config["default"].to_dict().items()
+    }
+    metadata = {f"transformer.{name}": value for name, value in settings.items()}
+    save_file(
+        {f"transformer.{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        path,
+        metadata={"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(metadata, sort_keys=True)},
+    )
+
+
+def load_student(
+    folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> tuple[DiffusionPipeline, StudentConfig]:
+    """The teacher's pipeline with the student's denoisers and scheduler; call it with `guidance_scale=1`.
+
+    A LoRA is merged into float32 weights. It is not merged into coarser ones, whose rounding would swallow much of it.
+
+    Raises:
+        UserError: the folder holds no finished student, or its teacher is not the one it was distilled from.
+    """
+    config = read_student_config(folder)
+    pipeline: Any = load_pipeline(config.teacher, dtype)
+    denoiser: Any
+    for name, denoiser in denoisers(pipeline).items():
+        if fingerprint(denoiser) != config.fingerprints[name]:
+            raise UserError(f"{folder} is a student of another teacher than {config.teacher} is now")
+        if config.lora_rank is None:
+            denoiser = type(denoiser).from_pretrained(folder / name, torch_dtype=dtype, use_safetensors=True)
+        else:
+            denoiser.load_lora_adapter(folder, weight_name=LORA_FILES[name], use_safetensors=True)
+            if dtype == torch.float32:
+                denoiser.fuse_lora()
+                denoiser.unload_lora()
+        pipeline.register_modules(**{name: denoiser})
+    pipeline.register_modules(scheduler=make_scheduler(config))
+    return pipeline.to(device), config
+
+
+def read_student_config(folder: Path) -> StudentConfig:
+    """The configuration of the student in `folder`.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        return StudentConfig(**json.loads((folder / "student.json").read_text("utf-8")))
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} holds no finished student (no student.json); make one with accvideo distill"
+        ) from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{folder / 'student.json'} is damaged: {error}") from error
+
+
+def make_scheduler(config: StudentConfig) -> SchedulerMixin:
+    """The student's scheduler."""
+    name = config.scheduler["class"]
+    scheduler_class: Any = KeyPointScheduler if name == KeyPointScheduler.__name__ else getattr(diffusers, name)
+    return scheduler_class.from_config(config.scheduler["config"])
+
+
+def model_card(config: StudentConfig, metrics: Mapping[str, float]) -> str:
+    """The student's README: what it is, how to run it, how it was made, under whose license."""
+    kind = "full weights" if config.lora_rank is None else f"LoRA of rank {config.lora_rank}"
+    header = {"library_name": "diffusers", "base_model": config.teacher, "license": config.license or "other"}
+    sigmas = ", ".join(f"{sigma:.4f}" for sigma in config.sigmas)
+    rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in metrics.items())
+    recipe = "\n".join(f"| {name} | {value} |" for name, value in config.recipe.items())
+    return f"""---
+{chr(10).join(f"{name}: {json.dumps(value)}" for name, value in header.items())}
+tags: [text-to-video, distillation, few-step, accvideo]
+---
+
+# {config.num_steps}-step student of {config.teacher}
+
+{kind.capitalize()} for a `{config.pipeline_class}`, distilled from the teacher's recorded denoising trajectories
+({config.teacher_num_steps} steps, guidance {config.teacher_guidance_scale:g}) by the method of AccVideo
+([arXiv:2503.19462](https://arxiv.org/abs/2503.19462)). It takes {config.num_steps} denoiser calls a video, without
+guidance, at {config.width}x{config.height} pixels and {config.num_frames} frames.
+
+    accvideo generate FOLDER --prompt TEXT --out video.mp4
+
+Noise levels: {sigmas} (`{config.scheduler["class"]}`). At others the student was not trained.
+
+License: {config.license or "unknown"}, the teacher's (revision {config.revision or "unknown"}), from which a student is
+derived.
+
+| measured while training | |
+|---|---|
+{rows}
+
+| recipe | |
+|---|---|
+{recipe}
+"""
