@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
@@ -231,14 +232,20 @@ def student_scheduler(manifest: Manifest, timesteps: list[float]) -> SchedulerMi
 def walks(scheduler: Any, sigmas: list[float], timesteps: list[float]) -> bool:
     """Whether the scheduler, asked for that many steps, takes Euler steps through these levels at these timesteps."""
     num_steps = len(timesteps)
-    if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
-        scheduler.set_timesteps(sigmas=[1 - step / num_steps for step in range(num_steps)])
-    else:
-        scheduler.set_timesteps(num_steps)
-    same_levels = torch.allclose(scheduler.sigmas.double(), torch.tensor(sigmas).double(), atol=1e-5)
-    same_times = torch.allclose(scheduler.timesteps.double(), torch.tensor(timesteps).double(), atol=1e-2)
-    if not (same_levels and same_times):
-        return False
+    ways = [{"num_inference_steps": num_steps}, {"sigmas": np.linspace(1, 0, num_steps + 1)[:-1]}]  # Wan; HunyuanVideo
+    for way in ways:
+        try:
+            scheduler.set_timesteps(**way)
+        except (TypeError, ValueError):  # it takes no sigmas, or wants more than these pipelines give
+            continue
+        same_levels = np.allclose(scheduler.sigmas, sigmas, atol=1e-5)
+        if same_levels and np.allclose(scheduler.timesteps, timesteps, atol=1e-2):
+            return takes_euler_steps(scheduler, sigmas)
+    return False
+
+
+def takes_euler_steps(scheduler: Any, sigmas: list[float]) -> bool:
+    """Whether a scheduler whose timesteps are set ends where Euler steps do, for random velocities."""
     generator = torch.Generator().manual_seed(0)
     walked = euler = torch.randn(1, 64, generator=generator)
     for step, timestep in enumerate(scheduler.timesteps):
@@ -414,7 +421,7 @@ def make_scheduler(config: StudentConfig) -> SchedulerMixin:
 
 def model_card(config: StudentConfig, metrics: Mapping[str, float]) -> str:
     """The student's README: what it is, how to run it, how it was made, under whose license."""
-    kind = "full weights" if config.lora_rank is None else f"LoRA of rank {config.lora_rank}"
+    kind = "Full weights" if config.lora_rank is None else f"LoRA of rank {config.lora_rank}"
     header = {"library_name": "diffusers", "base_model": config.teacher, "license": config.license or "other"}
     sigmas = ", ".join(f"{sigma:.4f}" for sigma in config.sigmas)
     rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in metrics.items())
@@ -426,7 +433,7 @@ tags: [text-to-video, distillation, few-step, accvideo]
 
 # {config.num_steps}-step student of {config.teacher}
 
-{kind.capitalize()} for a `{config.pipeline_class}`, distilled from the teacher's recorded denoising trajectories
+{kind} for a `{config.pipeline_class}`, distilled from the teacher's recorded denoising trajectories
 ({config.teacher_num_steps} steps, guidance {config.teacher_guidance_scale:g}) by the method of AccVideo
 ([arXiv:2503.19462](https://arxiv.org/abs/2503.19462)). It takes {config.num_steps} denoiser calls a video, without
 guidance, at {config.width}x{config.height} pixels and {config.num_frames} frames.
