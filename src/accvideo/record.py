@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -106,12 +106,12 @@ def record(config: RecordConfig) -> dict[str, Any]:
     defaults = pipeline_defaults(config.teacher)
     arguments = call_arguments(pipeline, config, defaults)
     manifest = make_manifest(pipeline, config, defaults, arguments, prompts)
-    open_folder(config.out, manifest)
+    manifest = open_folder(config.out, manifest)
 
     size = config.batch_size
     wanted = [i for i in range(manifest.num_trajectories) if not is_recorded(config.out, i, manifest, prompts)]
     blocks = sorted({index // size for index in wanted})
-    num_calls = num_written = 0
+    num_written = 0
     with progress_bar() as progress:
         bar = progress.add_task("denoising steps", total=len(blocks) * config.num_steps)
         for done, block in enumerate(blocks):
@@ -129,8 +129,11 @@ def record(config: RecordConfig) -> dict[str, Any]:
                     output_type="latent",
                     **arguments,
                 )
-            num_calls = seen.num_calls
-            for trajectory in trajectories_of(seen, manifest, items, prompts):
+            trajectories = trajectories_of(seen, manifest, items, prompts)
+            if not manifest.denoiser_calls:  # the first of all: a pipeline that is refused leaves no data set
+                manifest = replace(manifest, denoiser_calls=seen.num_calls)
+                write_whole(config.out / MANIFEST, manifest.to_json().encode())
+            for trajectory in trajectories:
                 if trajectory.index in wanted:
                     write_trajectory(config.out, trajectory)
                     num_written += 1
@@ -138,7 +141,7 @@ def record(config: RecordConfig) -> dict[str, Any]:
         "folder": str(config.out),
         "num_trajectories": manifest.num_trajectories,
         "num_recorded": num_written,
-        "denoiser_calls": num_calls * num_written,
+        "denoiser_calls": manifest.denoiser_calls * len(blocks) * size,
         "nested_schedule": manifest.nested_schedule,
         "bytes": sum(entry.stat().st_size for entry in os.scandir(config.out)),
         "seconds": time.perf_counter() - started,
@@ -180,8 +183,8 @@ def check_folder(folder: Path) -> None:
             raise UserError(f"{folder} holds something else ({others[0]}); give a new or empty folder")
 
 
-def open_folder(folder: Path, manifest: Manifest) -> None:
-    """Writes the manifest, or checks that the one in the folder is of the same configuration.
+def open_folder(folder: Path, manifest: Manifest) -> Manifest:
+    """Makes the folder, or checks that the data set in it is of the same configuration; returns its manifest.
 
     A larger `num_trajectories` than before extends the data set.
 
@@ -192,19 +195,21 @@ def open_folder(folder: Path, manifest: Manifest) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
-    if (folder / MANIFEST).exists():
-        old = read_manifest(folder)
-        if names := old.differences(manifest, ignore=("num_trajectories", "versions")):
-            changes = (f"{name} {shorten(getattr(old, name))} -> {shorten(getattr(manifest, name))}" for name in names)
-            raise UserError(
-                f"{folder} holds a data set of another configuration: {', '.join(changes)}\n"
-                "Give another folder, or the configuration it was started with"
-            )
-        if old.num_trajectories > manifest.num_trajectories:
-            raise UserError(f"{folder} is for {old.num_trajectories} trajectories already; ask for as many or more")
-        if old.num_trajectories == manifest.num_trajectories:
-            return
-    write_whole(folder / MANIFEST, manifest.to_json().encode())
+    if not (folder / MANIFEST).exists():
+        return manifest
+    old = read_manifest(folder)
+    if names := old.differences(manifest, ignore=("num_trajectories", "denoiser_calls", "versions")):
+        changes = (f"{name} {shorten(getattr(old, name))} -> {shorten(getattr(manifest, name))}" for name in names)
+        raise UserError(
+            f"{folder} holds a data set of another configuration: {', '.join(changes)}\n"
+            "Give another folder, or the configuration it was started with"
+        )
+    if old.num_trajectories > manifest.num_trajectories:
+        raise UserError(f"{folder} is for {old.num_trajectories} trajectories already; ask for as many or more")
+    if old.num_trajectories < manifest.num_trajectories:
+        old = replace(old, num_trajectories=manifest.num_trajectories)
+        write_whole(folder / MANIFEST, old.to_json().encode())
+    return old
 
 
 def shorten(value: Any) -> str:

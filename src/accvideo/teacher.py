@@ -57,11 +57,18 @@ def load_pipeline(
 
 
 def pipeline_defaults(name: str) -> dict[str, Any]:
-    """Default call arguments in the teacher's folder (`accvideo.json`): height, width, fps, pipeline_args and so on."""
+    """Default call arguments in the teacher's folder (`accvideo.json`): height, width, fps, pipeline_args and so on.
+
+    Raises:
+        UserError: the file is not JSON.
+    """
     path = teacher_path(name)
     if path is None or not (path / "accvideo.json").is_file():
         return {}
-    return json.loads((path / "accvideo.json").read_text("utf-8"))
+    try:
+        return json.loads((path / "accvideo.json").read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path / 'accvideo.json'} is not JSON: {error}") from error
 
 
 def provenance(name: str) -> tuple[str | None, str | None]:

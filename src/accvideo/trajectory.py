@@ -63,6 +63,8 @@ class Manifest:
     nested_schedule: bool
     """Whether the scheduler's own grid of K steps lies on the recorded one: then a plain pipeline can run a student."""
     versions: dict[str, str]
+    denoiser_calls: int = 0
+    """Denoiser calls for each trajectory: S, or 2 S where guidance takes two; 0 before the first is recorded."""
     format: int = FORMAT
 
     def __post_init__(self) -> None:
