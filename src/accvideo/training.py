@@ -124,8 +124,8 @@ class Training:
 def move_average(decay: float, training: Training) -> None:
     """Move the running mean of the weights towards them."""
     if training.average:
-        weights = [parameter.detach() for parameter in training.student.trained().values()]
-        torch._foreach_lerp_(list(training.average.values()), weights, 1 - decay)
+        for name, parameter in training.student.trained().items():
+            training.average[name].lerp_(parameter.detach(), 1 - decay)
 
 
 @contextmanager

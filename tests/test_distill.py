@@ -1,0 +1,503 @@
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import tyro
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from accvideo.call import DenoiserCall
+from accvideo.checkpoint import read_metrics
+from accvideo.discriminator import Discriminator
+from accvideo.distill import MAX_SKIPPED, PRESETS, DistillConfig, distill, set_learning_rates, start_training, train
+from accvideo.flow import euler_step, shifted_sigmas
+from accvideo.student import Student, load_student
+from accvideo.training import Rollouts, Training, accumulate, update
+from accvideo.trajectory import TrajectoryBatch, TrajectoryFolder
+from accvideo.types import UserError
+from tests.recorded import record_tiny
+from tests.tiny import tiny_wan_pipeline
+
+ANYWHERE: dict[str, Any] = {"data": Path("data"), "out": Path("out"), "precision": "float32", "device": "cpu"}
+
+
+# --- Algorithm 1 on a toy that can be computed by hand ---
+
+
+class ConstantDenoiser(nn.Module):
+    """Its velocity is one number; its only block passes the latents on."""
+
+    dtype = torch.float32
+    _no_split_modules = ("Identity",)
+
+    def __init__(self, velocity: float) -> None:
+        super().__init__()
+        self.velocity = nn.Parameter(torch.tensor(velocity))
+        self.blocks = nn.ModuleList([nn.Identity()])
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, return_dict: bool) -> tuple[Tensor]:  # noqa: D102
+        return (self.velocity.expand_as(self.blocks[0](hidden_states)),)
+
+
+class Scale(nn.Module):
+    """A head whose logit is a multiple of the feature."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(scale))
+
+    def forward(self, frames: Tensor) -> Tensor:  # noqa: D102
+        return self.scale * frames
+
+
+def toy_batch(number: int) -> TrajectoryBatch:
+    """Two samples of three states, each of which is one number."""
+    states = torch.randn(2, 3, 1, 1, generator=torch.Generator().manual_seed(number))
+    call = DenoiserCall({"timestep": torch.ones(2)}, {})
+    return TrajectoryBatch(states, (call, call), ("transformer", "transformer"), ("", ""), (0, 1))
+
+
+def toy_batches(start: int) -> Iterator[TrajectoryBatch]:
+    number = start
+    while True:
+        yield toy_batch(number)
+        number += 1
+
+
+def toy_training(config: DistillConfig) -> Training:
+    training = start_training(
+        config, {"transformer": ConstantDenoiser(0.3)}, torch.tensor([1.0, 0.6, 0.0]), toy_batch(0)
+    )
+    assert training.discriminator is not None
+    training.discriminator.heads = nn.ModuleList([Scale(0.7), Scale(-0.4)])
+    training.student_optimizer = torch.optim.SGD(training.student.trained().values())
+    training.head_optimizer = torch.optim.SGD(training.discriminator.heads.parameters())
+    return training
+
+
+def sigmoid(value: float) -> float:
+    return 1 / (1 + math.exp(-value))
+
+
+@pytest.mark.parametrize("alternating", [True, False])
+def test_the_updates_are_those_of_algorithm_1_in_its_order(alternating: bool):
+    weight, rate, head_rate, sigmas = 0.5, 0.1, 0.2, [1.0, 0.6, 0.0]
+    config = DistillConfig(
+        **ANYWHERE,
+        full=True,
+        num_iterations=6,
+        learning_rate=rate,
+        head_learning_rate=head_rate,
+        adversarial_weight=weight,
+        max_gradient_norm=1e9,
+        update="alternating" if alternating else "joint",
+    )
+    training = toy_training(config)
+    seen: list[list[float]] = []
+
+    def look(line: dict[str, Any]) -> None:
+        assert training.discriminator is not None
+        numbers = [*training.student.trained().values(), *training.discriminator.heads.parameters()]
+        seen.append([parameter.item() for parameter in numbers])
+
+    train(config, training, torch.tensor(sigmas), toy_batches, log=look)
+
+    theta, heads = 0.3, [0.7, -0.4]
+    noise_source = torch.Generator().manual_seed(config.seed)
+    latents, record = [], torch.empty(0)
+    for iteration in range(6):
+        k = iteration % 2
+        gap = sigmas[k + 1] - sigmas[k]
+        states = toy_batch(iteration).states.flatten(1)
+        targets = ((states[:, k + 1] - states[:, k]) / gap).tolist()
+        gradient = sum(2 * (theta - target) for target in targets) / 2
+        if alternating:
+            theta -= rate * gradient
+        if k == 0:  # fresh noise, and the record whose latents are the real ones throughout the sweep
+            latents, record = torch.randn(2, 1, 1, generator=noise_source).flatten().tolist(), states
+        latents = [value + gap * theta for value in latents]
+        adversarial = weight * sum(-sigmoid(-heads[k] * fake) * heads[k] * gap for fake in latents) / 2
+        theta -= rate * (adversarial if alternating else gradient + adversarial)
+        real = record[:, k + 1].tolist()
+        pushes = sum(sigmoid(heads[k] * fake) * fake for fake in latents) - sum(
+            sigmoid(-heads[k] * x) * x for x in real
+        )
+        heads[k] -= head_rate * weight * pushes / 2
+        assert seen[iteration] == pytest.approx([theta, *heads], abs=1e-5)
+
+
+def test_the_adversarial_half_starts_with_a_whole_sweep():
+    config = DistillConfig(**ANYWHERE, full=True, num_iterations=8, adversarial_start=3)
+    lines: list[dict[str, Any]] = []
+    train(config, toy_training(config), torch.tensor([1.0, 0.6, 0.0]), toy_batches, log=lines.append)
+    assert ["head_loss" in line for line in lines] == [False] * 4 + [True] * 4
+
+
+def test_an_update_leaves_other_gradients_alone():
+    """The student's loss passes through the heads and must leave nothing there."""
+    training = toy_training(DistillConfig(**ANYWHERE, full=True))
+    assert isinstance(training.discriminator, Discriminator)
+    batch, rollouts = toy_batch(0), Rollouts(2, seed=0)
+    rollouts.start(batch, number=0)
+    fake = rollouts.advance(training.student, torch.tensor([1.0, 0.6, 0.0]), 0)
+    logits = training.discriminator.logits(training.discriminator.features(fake.latents, batch, 0), 0)
+    accumulate(logits.mean(), training.student_optimizer)
+    assert all(parameter.grad is None for parameter in training.discriminator.parameters())
+    assert all(parameter.grad is not None for parameter in training.student.trained().values())
+    assert not rollouts.queues[1][0].latents.requires_grad  # only one step has a gradient
+
+
+def test_gradients_are_clipped_and_a_gradient_that_is_not_finite_is_no_step():
+    parameter = nn.Parameter(torch.tensor([3.0, 4.0]))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    accumulate((parameter * torch.tensor([30.0, 40.0])).sum(), optimizer)
+    assert update(optimizer, max_norm=1.0) == pytest.approx(50)
+    assert parameter.tolist() == pytest.approx([2.4, 3.2], abs=1e-5) and parameter.grad is None
+    accumulate((parameter * torch.tensor([math.nan, 1.0])).sum(), optimizer)
+    assert update(optimizer, max_norm=1.0).isnan()
+    assert parameter.tolist() == pytest.approx([2.4, 3.2], abs=1e-5) and parameter.grad is None
+
+
+def test_learning_rates_warm_up_and_fall():
+    config = DistillConfig(
+        **ANYWHERE, full=True, num_iterations=14, warmup_iterations=4, learning_rate=1.0, schedule="cosine"
+    )
+    training, rates = toy_training(config), []
+    for training.iteration in range(14):
+        set_learning_rates(config, training)
+        rates.append(training.student_optimizer.param_groups[0]["lr"])
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[9] == pytest.approx(0.5) and rates[4:] == sorted(rates[4:], reverse=True) and 0 < rates[-1] < 0.05
+
+
+# --- A teacher known in closed form ---
+
+
+class MixtureTeacher:
+    """The exact flow of 8 narrow Gaussians on a circle."""
+
+    def __init__(self) -> None:
+        angles = torch.arange(8) * math.pi / 4
+        self.means, self.deviation = 2 * torch.stack([angles.cos(), angles.sin()], dim=1), 0.05
+
+    def velocity(self, x: Tensor, sigma: float) -> Tensor:
+        """E[noise - data | x] at `sigma`."""
+        variance = (1 - sigma) ** 2 * self.deviation**2 + sigma**2
+        offset = x[:, None] - (1 - sigma) * self.means
+        weights = (-offset.square().sum(2) / (2 * variance)).softmax(1)
+        slope = (sigma - (1 - sigma) * self.deviation**2) / variance
+        return (weights[..., None] * (slope * offset - self.means)).sum(1)
+
+    def trajectory(self, noise: Tensor, num_steps: int) -> Tensor:
+        """States of the Euler method, `[batch, num_steps + 1, 2]`."""
+        states, sigmas = [noise], shifted_sigmas(num_steps).tolist()
+        for sigma, next_sigma in zip(sigmas, sigmas[1:], strict=False):
+            states.append(euler_step(states[-1], self.velocity(states[-1], sigma), sigma, next_sigma))
+        return torch.stack(states, dim=1)
+
+    def share_in_modes(self, x: Tensor) -> float:
+        """Share of the points within 0.2 of a mode."""
+        return ((x[:, None] - self.means).norm(dim=2).amin(1) < 0.2).float().mean().item()
+
+
+class MixtureDenoiser(nn.Module):
+    """A small MLP."""
+
+    dtype = torch.float32
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 2))
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, return_dict: bool) -> tuple[Tensor]:  # noqa: D102
+        return (self.layers(torch.cat([hidden_states, timestep[:, None]], dim=1)),)
+
+
+def test_a_distilled_student_beats_the_teacher_at_few_steps():
+    """Two steps from noise to 8 modes: the teacher's Euler steps end between them, the student's in them."""
+    torch.manual_seed(0)
+    teacher, sigmas = MixtureTeacher(), shifted_sigmas(2)
+    states = teacher.trajectory(torch.randn(20_000, 2), num_steps=48)[:, ::24]
+    test, states = states[:4000], states[4000:]
+
+    def batch(states: Tensor) -> TrajectoryBatch:
+        calls = tuple(DenoiserCall({"timestep": sigmas[k].expand(len(states))}, {}) for k in range(2))
+        return TrajectoryBatch(states, calls, ("transformer",) * 2, (), ())
+
+    def batches(start: int) -> Iterator[TrajectoryBatch]:
+        generator = torch.Generator().manual_seed(0)
+        while True:
+            yield batch(states[torch.randint(len(states), (256,), generator=generator)])
+
+    config = DistillConfig(
+        **ANYWHERE, full=True, num_iterations=2000, learning_rate=2e-3, adversarial_weight=0, schedule="cosine"
+    )
+    training = start_training(config, {"transformer": MixtureDenoiser()}, sigmas, batch(test))
+    lines: list[dict[str, Any]] = []
+    train(config, training, sigmas, batches, [batch(test)], lines.append)
+
+    few_steps = teacher.trajectory(test[:, 0], num_steps=2)[:, -1]
+    student, latents = training.student, test[:, 0]
+    with torch.no_grad():
+        for k in range(2):
+            velocity = student.velocity("transformer", batch(test).calls[k], latents)
+            latents = euler_step(latents, velocity, float(sigmas[k]), float(sigmas[k + 1]))
+    errors = {
+        name: (x - test[:, -1]).square().mean().sqrt() for name, x in {"few": few_steps, "student": latents}.items()
+    }
+    assert lines[-1]["latent_error"] == pytest.approx(errors["student"].item() ** 2, rel=1e-4)
+    assert errors["few"] > 0.3 and errors["student"] < 0.6 * errors["few"]
+    assert teacher.share_in_modes(few_steps) < 0.02 and teacher.share_in_modes(latents) > 0.3
+
+
+# --- The stage as a whole, on a tiny Wan ---
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> TrajectoryFolder:
+    return record_tiny(tmp_path_factory.mktemp("teacher"))
+
+
+def tiny_config(folder: TrajectoryFolder, out: Path, **settings: Any) -> DistillConfig:
+    defaults: dict[str, Any] = {
+        "num_iterations": 13,
+        "batch_size": 2,
+        "num_validation": 2,
+        "validate_every": 5,
+        "save_every": 3,
+        "lora_rank": 2,
+        "precision": "float32",
+        "device": "cpu",
+    }
+    return DistillConfig(data=folder.path, out=out, **defaults | settings)
+
+
+def tensors_of(out: Path) -> dict[str, Tensor]:
+    return {
+        f"{path.name}/{name}": t for path in sorted(out.glob("**/*.safetensors")) for name, t in load_file(path).items()
+    }
+
+
+def metrics_of(out: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in read_metrics(out / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"update": "alternating", "ema_decay": 0.8},
+        {"update": "joint", "full": True, "keep_best": True, "shared_head": True, "schedule": "cosine"},
+    ],
+)
+def test_a_killed_run_goes_on_to_the_very_same_student(
+    folder: TrajectoryFolder, tmp_path: Path, settings: dict[str, Any]
+):
+    """A kill -9 at several moments, then the same command: metrics and weights are bit-identical."""
+    whole, killed = (tiny_config(folder, tmp_path / name, **settings) for name in ("whole", "killed"))
+    distill(whole)
+    for num_lines in (2, 6, 10, 13):
+        if (child := os.fork()) == 0:
+            with (tmp_path / "log").open("w") as sink, redirect_stdout(sink):
+                os.dup2(sink.fileno(), 2)
+                distill(killed)
+            os._exit(0)
+        while len(read_metrics(killed.out / "metrics.jsonl")) < num_lines:
+            time.sleep(0.002)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert not (killed.out / "student.json").exists()
+    distill(killed)
+    assert metrics_of(killed.out) == metrics_of(whole.out)
+    assert len([line for line in metrics_of(whole.out) if "keypoint" in line]) == 13
+    expected, found = tensors_of(whole.out), tensors_of(killed.out)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+
+
+def test_metrics_name_every_quantity_and_key_point(folder: TrajectoryFolder, tmp_path: Path):
+    distill(tiny_config(folder, tmp_path / "student", update="alternating"))
+    lines = read_metrics(tmp_path / "student/metrics.jsonl")
+    steps = [line for line in lines if "keypoint" in line]
+    assert [line["keypoint"] for line in steps] == [0, 1, 2, 3, 4] * 2 + [0, 1, 2]
+    expected = {
+        "trajectory_loss",
+        "generator_loss",
+        "head_loss",
+        "real_accuracy",
+        "fake_accuracy",
+        "logit_gap",
+        "seconds",
+    }
+    expected |= {"gradient_norm", "adversarial_gradient_norm", "head_gradient_norm", "iteration", "keypoint"}
+    assert all(line.keys() == expected for line in steps)
+    validations = [line for line in lines if "latent_error" in line]
+    assert [line["iteration"] for line in validations] == [4, 9, 12]
+    assert all(len(line["validation_loss"]) == 5 for line in validations)
+
+
+def test_only_the_denoiser_is_loaded_and_it_learns(tmp_path: Path):
+    """Text encoder and VAE may be gone; the loss on held-out trajectories falls."""
+    folder = record_tiny(tmp_path)
+    for part in ("text_encoder", "vae", "tokenizer"):
+        shutil.rmtree(tmp_path / "teacher" / part)
+    distill(
+        tiny_config(
+            folder, tmp_path / "student", num_iterations=40, learning_rate=3e-3, validate_every=5, adversarial_weight=0
+        )
+    )
+    errors = [
+        line["latent_error"] for line in read_metrics(tmp_path / "student/metrics.jsonl") if "latent_error" in line
+    ]
+    assert errors[-1] < 0.8 * errors[0]
+
+
+def test_weight_0_leaves_the_adversarial_half_out(folder: TrajectoryFolder, tmp_path: Path):
+    distill(tiny_config(folder, tmp_path / "student", adversarial_weight=0, full=True))
+    assert not any("head_loss" in line for line in read_metrics(tmp_path / "student/metrics.jsonl"))
+    assert not any(name.startswith("heads") for name in tensors_of(tmp_path / "student"))
+
+
+def test_gradient_checkpointing_bfloat16_and_two_experts_run_together(tmp_path: Path):
+    folder = record_tiny(tmp_path, scheduler="unipc", experts=2)
+    for full in (False, True):
+        out = tmp_path / f"student-{full}"
+        settings = {"full": full, "gradient_checkpointing": True, "precision": "bfloat16", "num_iterations": 6}
+        distill(tiny_config(folder, out, **settings))
+        load_student(out)
+
+
+def test_a_finished_student_is_left_alone(folder: TrajectoryFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    config = tiny_config(folder, tmp_path / "student")
+    first = distill(config)
+    before = {path: path.read_bytes() for path in (tmp_path / "student").rglob("*") if path.is_file()}
+    second = distill(config)
+    captured = capsys.readouterr()
+    assert "finished" in captured.err and captured.out == ""
+    assert before == {path: path.read_bytes() for path in (tmp_path / "student").rglob("*") if path.is_file()}
+    assert second["latent_error"] == first["latent_error"]
+
+
+def test_other_settings_in_the_folder_are_refused_by_name(folder: TrajectoryFolder, tmp_path: Path):
+    config = tiny_config(folder, tmp_path / "student")
+    distill(config)
+    with pytest.raises(UserError, match=r"batch_size 2, now 3, seed 0, now 5"):
+        distill(replace(config, batch_size=3, seed=5))
+
+
+def test_a_folder_that_holds_something_else_is_refused(folder: TrajectoryFolder, tmp_path: Path):
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student/thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="holds no run"):
+        distill(tiny_config(folder, tmp_path / "student"))
+    assert [path.name for path in (tmp_path / "student").iterdir()] == ["thesis.tex"]
+
+
+def test_a_data_set_of_another_teacher_is_refused(tmp_path: Path):
+    folder = record_tiny(tmp_path)
+    tiny_wan_pipeline("dpm", seed=9).save_pretrained(tmp_path / "teacher")
+    with pytest.raises(UserError, match="another teacher"):
+        distill(tiny_config(folder, tmp_path / "student"))
+    assert not (tmp_path / "student/metrics.jsonl").exists()
+    shutil.rmtree(tmp_path / "teacher")
+    with pytest.raises(UserError, match="cannot load the data set's teacher"):
+        distill(tiny_config(folder, tmp_path / "student"))
+
+
+def test_at_least_one_trajectory_must_be_left_to_train_on(folder: TrajectoryFolder, tmp_path: Path):
+    with pytest.raises(UserError, match="holds 6 trajectories and num_validation is 6"):
+        distill(tiny_config(folder, tmp_path / "student", num_validation=6))
+
+
+def test_a_training_that_diverges_stops_and_says_so(folder: TrajectoryFolder, tmp_path: Path):
+    with pytest.raises(UserError, match=f"no finite gradient in {MAX_SKIPPED} iterations"):
+        distill(tiny_config(folder, tmp_path / "student", num_iterations=50, learning_rate=1e30))
+    assert not (tmp_path / "student/student.json").exists()
+
+
+def test_patience_ends_the_run_and_the_best_student_is_kept(folder: TrajectoryFolder, tmp_path: Path):
+    """A rate at which the student soon gets worse."""
+    settings = {"num_iterations": 200, "learning_rate": 0.3, "validate_every": 1, "patience": 4, "keep_best": True}
+    summary = distill(tiny_config(folder, tmp_path / "student", **settings))
+    errors = [
+        line["latent_error"] for line in read_metrics(tmp_path / "student/metrics.jsonl") if "latent_error" in line
+    ]
+    best = errors.index(min(errors))
+    assert len(errors) == best + 5 == summary["num_iterations"] < 200
+    distill(tiny_config(folder, tmp_path / "reference", num_iterations=best + 1, learning_rate=0.3))
+    name = "pytorch_lora_weights.safetensors"
+    expected, found = (load_file(tmp_path / each / name) for each in ("reference", "student"))
+    assert all(torch.equal(tensor, found[key]) for key, tensor in expected.items())
+
+
+def test_validation_trajectories_are_not_trained_on(
+    folder: TrajectoryFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    drawn: set[int] = set()
+    original = TrajectoryFolder.batches
+
+    def watched(*args: Any) -> Iterator[TrajectoryBatch]:
+        for batch in original(*args):
+            drawn.update(batch.indices)
+            yield batch
+
+    monkeypatch.setattr(TrajectoryFolder, "batches", watched)
+    distill(tiny_config(folder, tmp_path / "student", num_validation=2))
+    assert len(drawn) == 4
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_presets_make_a_small_step(folder: TrajectoryFolder, tmp_path: Path, name: str):
+    preset = PRESETS[name](data=folder.path, out=tmp_path / "student")
+    distill(replace(preset, num_iterations=2, batch_size=1, num_validation=0, precision="float32", device="cpu"))
+    assert json.loads((tmp_path / "student/config.json").read_text())["adversarial_weight"] == preset.adversarial_weight
+
+
+def test_the_papers_own_settings():
+    paper = PRESETS["paper"](data=Path("data"), out=Path("out"))
+    assert (paper.num_iterations, paper.batch_size, paper.learning_rate, paper.head_learning_rate) == (
+        1200,
+        32,
+        5e-6,
+        5e-6,
+    )
+    assert (paper.adversarial_weight, paper.update, paper.adversarial_loss) == (0.1, "alternating", "nonsaturating")
+    assert paper.full and not paper.shared_head and paper.ema_decay == 0 and paper.adversarial_start == 0
+
+
+def test_the_command_line_knows_every_setting(capsys: pytest.CaptureFixture[str]):
+    config = tyro.cli(
+        DistillConfig, args=["data", "--out", "o", "--full", "--batch-size", "4", "--feature-layers", "8", "5"]
+    )
+    assert config == DistillConfig(data=Path("data"), out=Path("o"), full=True, batch_size=4, feature_layers=(8, 5))
+    with pytest.raises(SystemExit):
+        tyro.cli(DistillConfig, args=["--help"])
+    assert "lambda_adv" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"ema_decay": 1.0}, "ema_decay is 1.0"),
+        ({"keep_best": True, "num_validation": 0}, "held-out"),
+    ],
+)
+def test_settings_without_sense_are_refused(settings: dict[str, Any], message: str):
+    with pytest.raises(UserError, match=message):
+        DistillConfig(**ANYWHERE, **settings)
+
+
+def test_a_full_student_keeps_its_teacher_only_if_it_is_asked_for():
+    without = Student({"transformer": ConstantDenoiser(1.0)}, None, keep_teacher=False)
+    assert without.teachers["transformer"] is without.denoisers["transformer"]
