@@ -307,7 +307,7 @@ def make_manifest(
         )
     keypoints = keypoint_indices(config.num_steps, config.num_student_steps)
     nested = is_nested(key_sigmas, [sigmas[i] for i in keypoints], 1e-5)
-    nested = nested and is_nested(key_timesteps, [timesteps[i] for i in keypoints[:-1]], 1)
+    nested = nested and is_nested(key_timesteps, [timesteps[i] for i in keypoints[:-1]], 1.0)
     if not nested:
         print(
             f"warning: the {config.num_student_steps}-step grid of {type(pipeline.scheduler).__name__} is not on its "

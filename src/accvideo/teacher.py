@@ -264,4 +264,4 @@ def denoising_grid(pipeline: DiffusionPipeline, num_steps: int, **arguments: Any
         for hook in hooks:
             hook.remove()
     pipeline.maybe_free_model_hooks()
-    return pipeline.scheduler.sigmas.tolist(), pipeline.scheduler.timesteps.tolist()
+    return pipeline.scheduler.sigmas.tolist(), pipeline.scheduler.timesteps.float().tolist()

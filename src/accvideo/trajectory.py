@@ -49,7 +49,7 @@ class Manifest:
     height: int | None
     width: int | None
     num_frames: int | None
-    fps: float
+    fps: int | float
     """Frames a second the clips are meant for."""
     pipeline_args: dict[str, Any]
     """Other arguments of the pipeline's call."""
