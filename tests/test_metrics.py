@@ -7,6 +7,7 @@ import torch
 from accvideo.metrics import (
     PSNR_LIMIT,
     bootstrap_interval,
+    deviation_interval,
     flicker,
     latent_mse,
     psnr,
@@ -44,6 +45,15 @@ def test_bootstrap_resamples_rows():
     rows = np.stack([np.arange(10.0), np.arange(10.0) + 5], 1)
     estimate = bootstrap_interval(rows, lambda values: float((values[:, 1] - values[:, 0]).mean()))
     assert (estimate.mean, estimate.low, estimate.high) == (5, 5, 5)
+
+
+def test_deviation_interval_of_a_mean_is_the_normal_interval():
+    values = np.random.default_rng(1).normal(3, 2, 500)
+    estimate = deviation_interval(500, lambda rows: float(values[rows].mean()), num_resamples=400)
+    half = 1.96 * values.std() / math.sqrt(500)
+    assert estimate.mean == values.mean()
+    assert estimate.high - estimate.mean == pytest.approx(half, rel=0.15)
+    assert estimate.mean - estimate.low == pytest.approx(estimate.high - estimate.mean)
 
 
 def test_psnr_of_a_constant_error():

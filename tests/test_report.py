@@ -1,4 +1,3 @@
-import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -7,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from accvideo.report import ShownClip, curves, log_ticks, nice_ticks, number, sprite, write_report
+from accvideo.report import ShownClip, binned, curves, log_ticks, nice_ticks, number, sprite, write_report
 
 VOID = {"meta", "input", "br"}
 
@@ -22,7 +21,7 @@ class Page(HTMLParser):
         self.feed(text)
         self.close()
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:  # noqa: D102
         values = dict(attrs)
         self.references += [values[name] for name in ("src", "href", "srcset") if name in values]
         if "data-sprite" in values:
@@ -30,13 +29,13 @@ class Page(HTMLParser):
         if tag not in VOID:
             self.open.append(tag)
 
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:  # noqa: D102
         pass
 
-    def handle_endtag(self, tag: str) -> None:
+    def handle_endtag(self, tag: str) -> None:  # noqa: D102
         assert self.open.pop() == tag
 
-    def handle_data(self, data: str) -> None:
+    def handle_data(self, data: str) -> None:  # noqa: D102
         if self.open and self.open[-1] not in ("script", "style"):
             self.text += data
 
@@ -48,7 +47,7 @@ def estimate(mean: float, half: float) -> dict[str, float]:
 def row(name: str, steps: int, calls: int, guidance: float, denoising: float, right: float | None) -> dict[str, Any]:
     """A row with numbers of the size that the playground gives."""
     judged = None if right is None else estimate(right, 0.02)
-    metrics = dict.fromkeys(("all_right", "shape", "color", "background", "motion", "count"), judged)
+    metrics: dict[str, Any] = dict.fromkeys(("all_right", "shape", "color", "background", "motion", "count"), judged)
     metrics["rerender_psnr_db"] = None if right is None else estimate(18 + 10 * right, 0.4)
     metrics["diversity_distance"] = None if right is None else estimate(0.12 - 0.06 * right, 0.008)
     metrics["flicker"] = estimate(3.1, 0.12)
@@ -130,15 +129,17 @@ def make_clips(num: int, frames: int = 17, size: int = 64) -> list[ShownClip]:
 
 
 def make_log() -> list[dict[str, Any]]:
-    return [
-        {
-            "iteration": i,
-            "keypoint": i % 5,
-            "trajectory": 0.5 * (1 + i % 5) * (1 + i) ** -0.3,
-            "head_accuracy": 0.5 + 0.08 * (i % 5) * (1 - 2.7 ** (-i / 100)),
-        }
-        for i in range(500)
-    ]
+    """Lines as `accvideo distill` writes them; heads start at iteration 100."""
+    log: list[dict[str, Any]] = []
+    for i in range(500):
+        loss = 0.5 * (1 + i % 5) * (1 + i) ** -0.3
+        accuracy = 0.5 + 0.08 * (i % 5) * (1 - 2.7 ** (-i / 100))
+        heads = {"real_accuracy": accuracy + 0.05, "fake_accuracy": accuracy - 0.05} if i >= 100 else {}
+        log.append({"iteration": i, "keypoint": i % 5, "trajectory_loss": loss, **heads})
+        if i % 50 == 49:
+            validation = [0.6 * (1 + k) * (1 + i) ** -0.27 for k in range(5)]
+            log.append({"iteration": i, "validation_loss": validation, "latent_error": 0.2})
+    return log
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +204,18 @@ def test_numbers_have_three_digits():
 
 
 def test_curves_are_separate_for_each_key_point():
-    log = [{"iteration": i, "keypoint": i % 2, "trajectory": float(i % 2)} for i in range(6)]
-    assert json.dumps(curves([*log, {"iteration": 7}], "trajectory")) == json.dumps(
-        {0: [(0.0, 0.0), (2.0, 0.0), (4.0, 0.0)], 1: [(1.0, 1.0), (3.0, 1.0), (5.0, 1.0)]}
-    )
+    """Lines without a key point, without the value or with a value that is no number are left out."""
+    log = [{"iteration": i, "keypoint": i % 2, "trajectory_loss": float(i % 2)} for i in range(6)]
+    others: list[dict[str, Any]] = [{"iteration": 7}, {"iteration": 8, "keypoint": 0}]
+    others.append({"iteration": 9, "keypoint": 0, "trajectory_loss": float("nan")})
+    assert curves([*log, *others], lambda line: line["trajectory_loss"]) == {
+        0: [(0.0, 0.0), (2.0, 0.0), (4.0, 0.0)],
+        1: [(1.0, 1.0), (3.0, 1.0), (5.0, 1.0)],
+    }
+
+
+def test_long_curves_are_averaged():
+    """Equal groups of neighbors become their means."""
+    points = [(float(i), float(i % 2)) for i in range(120)]
+    short = binned(points, num_bins=30)
+    assert len(short) == 30 and short[0] == (1.5, 0.5)

@@ -63,6 +63,26 @@ def bootstrap_interval(
     return Estimate(statistic(values), float(low), float(high))
 
 
+def deviation_interval(
+    num_samples: int, statistic: Callable[[np.ndarray], float], num_resamples: int = 30, seed: int = 0
+) -> Estimate:
+    """A statistic of samples, plus and minus 1.96 bootstrap standard deviations, not below zero.
+
+    For distances between a sample and a distribution: repeated samples raise them, so that percentiles of their
+    resamples may not even hold the statistic itself.
+
+    Args:
+        num_samples: Number of samples.
+        statistic: What is estimated, a function of the samples' indices.
+        num_resamples: Number of resamples.
+        seed: Seed of the resampling.
+    """
+    generator = np.random.default_rng(seed)
+    resamples = [statistic(generator.integers(0, num_samples, num_samples)) for _ in range(num_resamples)]
+    value, half = statistic(np.arange(num_samples)), _Z95 * float(np.std(resamples, ddof=1))
+    return Estimate(value, max(0.0, value - half), value + half)
+
+
 def psnr(clips: Clips, references: Clips) -> PerSample:
     """Peak signal-to-noise ratio of each clip against its reference in dB, at most `PSNR_LIMIT`."""
     mse = (clips.float() - references.float()).square().flatten(1).mean(1)

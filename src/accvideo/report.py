@@ -35,7 +35,7 @@ METRICS = {
     "motion": ("Motions right", "%"),
     "rerender_psnr_db": ("Re-render PSNR", "dB, higher is cleaner"),
     "diversity_distance": ("Diversity distance", "to the world's own spread, lower is better"),
-    "flicker": ("Flicker", "of 255 levels: mean second difference in time"),
+    "flicker": ("Flicker", "levels of 255: mean second difference in time"),
     "latent_mse": ("Latent error", "mean squared distance to the teacher's own result"),
     "teacher_psnr_db": ("PSNR to the teacher's clip", "dB"),
 }
@@ -496,29 +496,42 @@ def seconds_section(rows: Sequence[Row]) -> str:
 # Training
 
 
-def binned(points: Sequence[tuple[float, float]], num_bins: int = 60) -> list[tuple[float, float]]:
+def binned(points: Sequence[tuple[float, float]], num_bins: int = 30) -> list[tuple[float, float]]:
     """A noisy curve as the means of at most `num_bins` equal groups of neighbors."""
     size = math.ceil(len(points) / num_bins)
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
 
 
-def curves(training_log: Sequence[Mapping[str, Any]], key: str) -> dict[int, list[tuple[float, float]]]:
-    """Values of `key` against the iteration, by key point."""
-    found: dict[int, list[tuple[float, float]]] = {}
+Curves = dict[int, list[tuple[float, float]]]
+"""Values against the iteration, by key point."""
+
+
+def curves(training_log: Sequence[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], float]) -> Curves:
+    """One value of each line that belongs to a key point and has it."""
+    found: Curves = {}
     for line in training_log:
-        value = line.get(key)
-        if value is not None and math.isfinite(value):
-            found.setdefault(line["keypoint"], []).append((line["iteration"], value))
+        try:
+            keypoint, y = line["keypoint"], value(line)
+        except KeyError:
+            continue
+        if math.isfinite(y):
+            found.setdefault(keypoint, []).append((line["iteration"], y))
     return {keypoint: binned(points) for keypoint, points in sorted(found.items())}
 
 
-def line_chart(
-    title: str, unit: str, series: Mapping[int, Sequence[tuple[float, float]]], y_range: tuple[float, float] | None
-) -> str:
-    """Curves by key point; with `y_range` in percent and linear, without logarithmic."""
-    xs = [x for points in series.values() for x, _ in points]
-    ys = [y for points in series.values() for _, y in points]
+def validation_curves(training_log: Sequence[Mapping[str, Any]]) -> Curves:
+    """The validation losses, which come as one line for all key points."""
+    lines = [line for line in training_log if "validation_loss" in line]
+    num_keypoints = len(lines[0]["validation_loss"]) if lines else 0
+    return {k: [(line["iteration"], line["validation_loss"][k]) for line in lines] for k in range(num_keypoints)}
+
+
+def line_chart(title: str, unit: str, series: Curves, dashed: Curves, y_range: tuple[float, float] | None) -> str:
+    """Curves by key point, on a linear axis of `y_range` if that is given, else on a logarithmic one."""
+    lines = [*series.items(), *dashed.items()]
+    xs = [x for _, points in lines for x, _ in points]
+    ys = [y for _, points in lines for _, y in points]
     if not xs or min(xs) == max(xs):
         return ""
     if y_range is None:
@@ -529,10 +542,14 @@ def line_chart(
     x_ticks = [tick for tick in nice_ticks(min(xs), max(xs), 4) if min(xs) <= tick <= max(xs) * 1.02]
     plot = Plot((min(xs), max(xs)), limits, y_log=y_range is None)
     marks = "".join(
-        f'<polyline fill="none" stroke="var(--curve-{keypoint % 6})" stroke-width="2" stroke-linejoin="round" '
+        f'<polyline fill="none" stroke="var(--curve-{keypoint % 6})" stroke-linejoin="round" {style} '
         f'points="{" ".join(f"{plot.x(x):.1f},{plot.y(y):.1f}" for x, y in points)}">'
-        f"<title>key point {keypoint}</title></polyline>"
-        for keypoint, points in series.items()
+        f"<title>{kind} {keypoint}</title></polyline>"
+        for kind, style, group in (
+            ("key point", 'stroke-width="2"', series),
+            ("validation, key point", 'stroke-width="1.5" stroke-dasharray="2 4"', dashed),
+        )
+        for keypoint, points in group.items()
     )
     chart = plot.svg(marks, "iteration", y_ticks, x_ticks, f"{title} by key point")
     keys = legend([(f"key point {keypoint}", f"var(--curve-{keypoint % 6})") for keypoint in series])
@@ -542,21 +559,31 @@ def line_chart(
 def training_section(training_log: Sequence[Mapping[str, Any]]) -> str:
     """Loss curves by key point and accuracy of the discriminator's heads."""
     losses = line_chart(
-        "Trajectory loss", "mean squared error of the velocity, logarithmic", curves(training_log, "trajectory"), None
+        "Trajectory loss",
+        "mean squared error of the velocity, logarithmic; dotted: held-out trajectories",
+        curves(training_log, lambda line: line["trajectory_loss"]),
+        validation_curves(training_log),
+        None,
     )
-    accuracy = {
-        keypoint: [(x, 100 * y) for x, y in points]
-        for keypoint, points in curves(training_log, "head_accuracy").items()
-    }
+    accuracy = curves(training_log, lambda line: 50 * (line["real_accuracy"] + line["fake_accuracy"]))
     heads = line_chart(
-        "Accuracy of the discriminator's heads", "% right on real and fake; 50 is a guess", accuracy, (40, 100)
+        "Accuracy of the discriminator's heads",
+        "% of tokens right, teacher's and student's; 50 is a guess",
+        accuracy,
+        {},
+        (min([40.0, *(y for points in accuracy.values() for _, y in points)]), 100.0),
     )
     if not losses + heads:
         return ""
+    adversarial = (
+        " The heads tell the student's latents from the teacher's, and the student learns to fool them."
+        if heads
+        else " No discriminator was trained."
+    )
     return (
-        '<section><h2>Training</h2><p class="note">Each curve is one key point of the trajectory. The trajectory loss '
-        "pulls a step to the teacher's secant; the heads tell the student's latents from the teacher's, and the "
-        f'student learns to fool them.</p><div class="grid">{losses}{heads}</div></section>'
+        '<section><h2>Training</h2><p class="note">Each curve is one key point, 0 at the noise. The trajectory loss '
+        f"pulls the student's step to the secant of the teacher's trajectory.{adversarial}</p>"
+        f'<div class="grid">{losses}{heads}</div></section>'
     )
 
 

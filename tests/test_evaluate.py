@@ -1,0 +1,211 @@
+import json
+import shlex
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import tyro
+
+from accvideo.distill import DistillConfig, distill
+from accvideo.evaluate import (
+    FIRST_ITEM,
+    EvaluateConfig,
+    RowData,
+    Task,
+    choose_clips,
+    command_line,
+    evaluate,
+    flatten_verdicts,
+    is_better,
+    read_row,
+    restore_verdicts,
+    row_metrics,
+    write_batch,
+)
+from accvideo.generate import ClipBatch, Seconds, load_model, sample_clips, with_arguments
+from accvideo.metrics import latent_mse
+from accvideo.playground.judge import diversity_distance, judge
+from accvideo.playground.world import draw, sample_prompts, scenes_of, to_uint8
+from accvideo.types import UserError
+from tests.recorded import record_tiny
+
+ROWS = ["teacher", "teacher_few", "teacher_equal_calls", "teacher_equal_calls_other", "student"]
+METRICS = {
+    "all_right",
+    "shape",
+    "color",
+    "background",
+    "motion",
+    "count",
+    "rerender_psnr_db",
+    "flicker",
+    "diversity_distance",
+    "latent_mse",
+    "teacher_psnr_db",
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[EvaluateConfig, dict[str, Any]]:
+    """A student of a tiny Wan teacher (10 guided steps), evaluated on five prompts; also as a further row."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    record_tiny(folder)
+    settings: dict[str, Any] = {"num_iterations": 10, "num_validation": 2, "lora_rank": 4, "batch_size": 2}
+    distill(DistillConfig(data=folder / "data", out=folder / "student", **settings))
+    config = EvaluateConfig(
+        student=str(folder / "student"),
+        out=folder / "report",
+        prompts=folder / "prompts.txt",
+        num_prompts=5,
+        batch_size=2,
+        also=(str(folder / "student"),),
+    )
+    return config, evaluate(config)
+
+
+def test_report_keeps_the_contract(run: tuple[EvaluateConfig, dict[str, Any]]):
+    """Names, numbers of steps and calls, and every key that scripts rely on."""
+    config, report = run
+    assert json.loads((config.out / "report.json").read_text()) == report
+    assert [row["name"] for row in report["rows"][:2]] == ROWS[:2]
+    assert sorted(row["name"] for row in report["rows"]) == sorted([*ROWS, config.student])
+    calls = {row["name"]: (row["num_steps"], row["denoiser_calls"]) for row in report["rows"]}
+    assert (calls["teacher"], calls["teacher_few"], calls["student"]) == ((10, 20), (5, 10), (5, 5))
+    assert {calls["teacher_equal_calls"], calls["teacher_equal_calls_other"]} == {(5, 5), (2, 4)}
+    for row in report["rows"]:
+        assert row["seconds_end_to_end"] > row["seconds_denoising"] > 0
+        assert row["seconds_end_to_end"] == pytest.approx(sum(row["seconds"].values()))
+        assert set(row["metrics"]) == METRICS
+        for name in ("flicker", "latent_mse"):
+            assert set(row["metrics"][name]) == {"mean", "low", "high"}
+            assert row["metrics"][name]["low"] <= row["metrics"][name]["mean"] <= row["metrics"][name]["high"]
+        assert row["metrics"]["all_right"] is None, "nobody judges the clips of this teacher"
+    seconds = {row["name"]: row["seconds_denoising"] for row in report["rows"]}
+    assert report["speedup"]["denoising"] == pytest.approx(seconds["teacher"] / seconds["student"])
+    assert report["speedup"]["denoising"] > 1
+    assert (report["num_prompts"], report["seed"]) == (5, 0)
+    assert report["command"].startswith("accvideo evaluate ") and report["commit"] and report["device"]
+    page = (config.out / "index.html").read_text()
+    assert page.count("<canvas") == 5 * 5 and "Trajectory loss" in page
+
+
+def test_the_better_variant_at_equal_calls_gets_the_name(run: tuple[EvaluateConfig, dict[str, Any]]):
+    rows = {row["name"]: row for row in run[1]["rows"]}
+    assert not is_better(rows["teacher_equal_calls_other"], rows["teacher_equal_calls"])
+
+
+def test_rows_share_their_noise(run: tuple[EvaluateConfig, dict[str, Any]]):
+    """The teacher is at no distance from itself; the student's distance is that of clips made anew from one noise."""
+    config, report = run
+    rows = {row["name"]: row["metrics"] for row in report["rows"]}
+    assert rows["teacher"]["latent_mse"] == {"mean": 0, "low": 0, "high": 0}
+    assert rows[config.student] == rows["student"], "the same student from the same noise"
+    assert rows["teacher_few"]["latent_mse"]["mean"] > 0
+
+    student = load_model(config.student)
+    assert student.student is not None
+    teacher = with_arguments(load_model(student.student.teacher), student.arguments)
+    prompts = (config.prompts or Path()).read_text().splitlines()[:5]
+    items = [FIRST_ITEM + i for i in range(5)]
+    theirs = torch.cat([b.latents for b in sample_clips(teacher, prompts, items, 0, 10, 3.0, batch_size=2)])
+    ours = torch.cat([b.latents for b in sample_clips(student, prompts, items, batch_size=2)])
+    assert latent_mse(ours, theirs).mean().item() == pytest.approx(rows["student"]["latent_mse"]["mean"], rel=1e-6)
+
+
+def test_killed_evaluation_goes_on(run: tuple[EvaluateConfig, dict[str, Any]]):
+    """One batch is lost and one is damaged: only these two are made again, and the numbers are the same."""
+    config, report = run
+    files = sorted((config.out / "cache").glob("*/*.safetensors"))
+    assert len(files) == 5 * 3, "the further row is the student's own"
+    times = {path: path.stat().st_mtime_ns for path in files}
+    files[4].unlink()
+    files[8].write_bytes(files[8].read_bytes()[:100])
+    again = evaluate(config)
+    changed = [path for path in files if path.stat().st_mtime_ns != times[path]]
+    assert changed == [files[4], files[8]]
+    for old, new in zip(report["rows"], again["rows"], strict=True):
+        assert old["metrics"] == new["metrics"]
+    assert evaluate(config) == again
+
+
+def test_mistakes_are_told_first(run: tuple[EvaluateConfig, dict[str, Any]], tmp_path: Path):
+    config, _ = run
+    with pytest.raises(UserError, match="give --prompts FILE"):
+        evaluate(EvaluateConfig(student=config.student, out=tmp_path / "report"))
+    with pytest.raises(UserError, match="no finished student"):
+        evaluate(EvaluateConfig(student=str(tmp_path), out=tmp_path / "report"))
+    (tmp_path / "thesis.txt").write_text("dear")
+    with pytest.raises(UserError, match="something else \\(thesis.txt\\)"):
+        evaluate(EvaluateConfig(student=config.student, out=tmp_path, prompts=config.prompts))
+    with pytest.raises(UserError, match="is a student, not a teacher"):
+        evaluate(
+            EvaluateConfig(
+                student=config.student, teacher=config.student, out=tmp_path / "report", prompts=config.prompts
+            )
+        )
+    with pytest.raises(UserError, match="num_prompts is 0"):
+        EvaluateConfig(student="student", out=tmp_path, num_prompts=0)
+
+
+def test_command_line_makes_the_same_configuration():
+    config = EvaluateConfig(
+        student="my student", out=Path("report"), also=("a", "b"), num_prompts=7, prompts=Path("p.txt"), device="cpu"
+    )
+    words = shlex.split(command_line(config))
+    assert words[:2] == ["accvideo", "evaluate"]
+    assert tyro.cli(EvaluateConfig, args=words[2:]) == config
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Task, dict[str, RowData]]:
+    """The world's own clips as a teacher, and as a student that gets clip 1 and clip 2 the wrong way round."""
+    captions = ["a red star moves left on a plain gray background", "a blue ring grows on a striped navy background"]
+    captions += sample_prompts(10, 0)
+    frames = to_uint8(draw(scenes_of(captions, seed=3)))
+    task = Task(captions, 0, 12, "float32", True, tmp_path_factory.mktemp("judged"))
+    latents = torch.randn(12, 4, 2, 2)
+    data, batch = {}, task.batches()[0]
+    for name, order in (("teacher", list(range(12))), ("student", [1, 0, *range(2, 12)])):
+        clips = ClipBatch(list(batch), frames[order], latents[order], Seconds(0.1, 2, 0.3), 10, [1.0, 0.0])
+        teacher = None if name == "teacher" else task.cache / "teacher"
+        write_batch(task.cache / name, task, batch, clips, teacher, keep_wrong=True)
+        data[name] = read_row([task.cache / name])
+    return task, data
+
+
+def test_judged_rows(judged: tuple[Task, dict[str, RowData]]):
+    """The judge's verdicts, the paired measures and the intervals come together."""
+    _, data = judged
+    teacher, student = (row_metrics(data[name].values, is_judged=True) for name in ("teacher", "student"))
+    assert set(teacher) == set(student) == METRICS
+    assert teacher["all_right"] and teacher["all_right"].mean == 1
+    assert student["all_right"] and student["all_right"].mean == pytest.approx(10 / 12)
+    assert student["all_right"].low < 10 / 12 < student["all_right"].high < 1
+    assert teacher["rerender_psnr_db"] and teacher["rerender_psnr_db"].mean > 35
+    assert teacher["diversity_distance"] and teacher["diversity_distance"].mean > 0
+    assert student["latent_mse"] and student["latent_mse"].mean > 0
+    assert teacher["teacher_psnr_db"] is None and student["teacher_psnr_db"] is not None
+
+
+def test_failures_are_shown(judged: tuple[Task, dict[str, RowData]]):
+    """The student's wrong clips stand beside the teacher's, with what is wrong in them."""
+    task, data = judged
+    shown, failures = choose_clips(task, data)
+    assert [clip.index for clip in shown] == list(range(10))
+    assert [clip.index for clip in failures] == [0, 1]
+    assert failures[0].wrong["teacher"] == []
+    assert set(failures[0].wrong["student"]) == {"shape", "color", "background", "motion"}
+    assert torch.equal(failures[0].frames["student"], failures[1].frames["teacher"])
+
+
+def test_verdicts_survive_storage():
+    """Flattened, restored and judged again: the same diversity, field by field."""
+    captions = sample_prompts(6, 1)
+    verdicts = judge(to_uint8(draw(scenes_of(captions, seed=0))), captions)
+    restored = restore_verdicts(flatten_verdicts(verdicts))
+    assert diversity_distance(restored) == diversity_distance(verdicts)
+    for field in fields(verdicts):
+        if field.name != "scenes":
+            assert torch.equal(getattr(restored, field.name), getattr(verdicts, field.name))
