@@ -1,0 +1,511 @@
+"""Train the playground's teacher: a genuine Wan text-to-video pipeline, small enough for a laptop.
+
+Two stages, both resumable: the autoencoder learns the world's clips, then the text encoder and the denoiser learn
+together to denoise its latents by flow matching (Lipman et al. 2023, arXiv:2210.02747). The world draws as many clips
+as training wants, so nothing is seen twice unless the pool of encoded clips wraps around. Batch i depends on the seed
+and i alone: a killed training goes on from its last checkpoint as if nothing had happened.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, DPMSolverMultistepScheduler, WanPipeline, WanTransformer3DModel
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from accvideo.playground import world
+from accvideo.types import UserError
+
+LATENT_CHANNELS = 48
+TEXT_WIDTH = 128
+_BATCHES_DRAWN = 16
+"""Batches of the autoencoder that are drawn at once."""
+
+MAX_TOKENS = 32
+"""Length that prompts are padded to; the longest caption has 17 words and an end mark."""
+
+CALL_DEFAULTS = {
+    "height": world.SIZE,
+    "width": world.SIZE,
+    "num_frames": world.NUM_FRAMES,
+    "fps": world.FPS,
+    "guidance_scale": 3.0,
+    "pipeline_args": {"max_sequence_length": MAX_TOKENS},
+    "license": "apache-2.0",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train the playground's teacher and save it as a diffusers folder."""
+
+    out: Path
+    """Folder to write: the pipeline in `teacher/`, checkpoints beside it."""
+    vae_iterations: int = 12_000
+    """Updates of the autoencoder."""
+    vae_batch_size: int = 64
+    """Clips in one update of the autoencoder."""
+    vae_learning_rate: float = 1e-3
+    """Peak learning rate of the autoencoder."""
+    kl_weight: float = 1e-4
+    """Weight of the mean KL divergence of a latent number (in nats) against the mean pixel error."""
+    denoiser_iterations: int = 20_000
+    """Updates of the denoiser and the text encoder."""
+    denoiser_batch_size: int = 512
+    """Clips in one update of the denoiser."""
+    denoiser_learning_rate: float = 1e-3
+    """Peak learning rate of the denoiser and the text encoder."""
+    ema_decay: float = 0.9995
+    """Decay of the moving average of the weights, which is what is saved."""
+    caption_dropout: float = 0.1
+    """Fraction of clips trained without their caption, for classifier-free guidance (arXiv:2207.12598)."""
+    train_shift: float = 3.0
+    """Shift of the noise levels trained on towards noise; 1 draws them uniformly."""
+    pool_size: int = 262_144
+    """Encoded clips kept at hand; every 64 updates a block of new ones replaces the oldest."""
+    pool_block: int = 1024
+    """Clips drawn and encoded at once."""
+    pool_start: int = 65_536
+    """Clips encoded before the first update of the denoiser."""
+    seed: int = 0
+    """Seed of the weights, the clips and the noise."""
+    save_every: int = 1_000
+    """Updates between checkpoints."""
+    device: str = "auto"
+    """Device to train on; `auto` takes a GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        """Refuse a pool that cannot start."""
+        if not self.denoiser_batch_size <= self.pool_start <= self.pool_size:
+            raise UserError(
+                f"pool_start={self.pool_start} must lie between denoiser_batch_size={self.denoiser_batch_size} "
+                f"and pool_size={self.pool_size}"
+            )
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer with one token for each word of the world's grammar; every other word is `<unk>`."""
+    sentences = [*world.SHAPES, *world.COLORS, *world.MOTIONS, *world.BACKGROUNDS, *world.PATTERNS]
+    words = dict.fromkeys(" ".join(["a an and on background", *sentences]).split())
+    vocab = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+        single="$A </s>", special_tokens=[("</s>", vocab["</s>"])]
+    )
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **special)
+
+
+def build_text_encoder(vocab_size: int) -> UMT5EncoderModel:
+    """A UMT5 encoder of two layers."""
+    config = UMT5Config(
+        vocab_size=vocab_size,
+        d_model=TEXT_WIDTH,
+        d_kv=32,
+        d_ff=256,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    return UMT5EncoderModel(config)
+
+
+def build_vae() -> AutoencoderKLWan:
+    """A Wan 2.2 style autoencoder: 4x4 pixels to a patch, then 4x in each axis and in time, to 48 channels."""
+    return AutoencoderKLWan(
+        base_dim=16,
+        decoder_base_dim=20,
+        z_dim=LATENT_CHANNELS,
+        dim_mult=[1, 2, 4],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        in_channels=48,
+        out_channels=48,
+        patch_size=4,
+        scale_factor_temporal=4,
+        scale_factor_spatial=16,
+        latents_mean=[0.0] * LATENT_CHANNELS,
+        latents_std=[1.0] * LATENT_CHANNELS,
+    )
+
+
+def build_denoiser() -> WanTransformer3DModel:
+    """A Wan denoiser of 4.7 million weights: one token a latent pixel, four times as wide as the token's numbers."""
+    denoiser = WanTransformer3DModel(
+        patch_size=(1, 1, 1),
+        num_attention_heads=4,
+        attention_head_dim=48,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        text_dim=TEXT_WIDTH,
+        freq_dim=128,
+        ffn_dim=640,
+        num_layers=8,
+        rope_max_seq_len=64,
+    )
+    nn.init.zeros_(denoiser.proj_out.weight)
+    nn.init.zeros_(denoiser.proj_out.bias)
+    return denoiser
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Train both stages and save the teacher; returns what was written and how long it took."""
+    start = time.perf_counter()
+    gpu = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(gpu if config.device == "auto" else config.device)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    config.out.mkdir(parents=True, exist_ok=True)
+    vae = train_vae(config, device)
+    tokenizer, text_encoder, denoiser = train_denoiser(config, vae, device)
+    save_teacher(config.out / "teacher", vae, tokenizer, text_encoder, denoiser)
+    (config.out / "train.json").write_text(json.dumps(asdict(config), default=str, indent=2) + "\n")
+    return {"teacher": str(config.out / "teacher"), "seconds": time.perf_counter() - start}
+
+
+def train_vae(config: TrainConfig, device: torch.device) -> AutoencoderKLWan:
+    """Train the autoencoder on the world's clips by L1 and L2 pixel errors and a small KL term."""
+    torch.manual_seed(config.seed)
+    vae = build_vae().to(device)
+    optimizer = _adamw(list(vae.parameters()), weight_decay=0.0)
+
+    def update(clips: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        posterior = vae.encode(clips).latent_dist  # type: ignore[union-attr]
+        error = vae.decode(posterior.mean + posterior.std * noise).sample - clips  # type: ignore[union-attr]
+        mse = error.square().mean()
+        kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+        minimize(error.abs().mean() + 4 * mse + config.kl_weight * kl, optimizer)
+        return {"psnr_db": 10 * torch.log10(4 / mse.detach()), "kl_nats": kl.detach()}
+
+    run_update = _Graphed(update, optimizer)
+
+    @lru_cache(maxsize=1)
+    def draw_batches(block: int) -> Tensor:
+        generator = _generator(config.seed, "vae", block, device)
+        scenes = world.random_scenes(_BATCHES_DRAWN * config.vae_batch_size, generator)
+        return (world.draw(scenes) * 2 - 1).unflatten(0, (_BATCHES_DRAWN, -1))
+
+    def iterate(iteration: int) -> dict[str, Tensor]:
+        _set_learning_rate(optimizer, config.vae_learning_rate * _schedule(iteration, config.vae_iterations))
+        clips = draw_batches(iteration // _BATCHES_DRAWN)[iteration % _BATCHES_DRAWN]
+        generator = _generator(config.seed, "vae noise", iteration, device)
+        noise = torch.randn(len(clips), LATENT_CHANNELS, 5, 4, 4, generator=generator, device=device)
+        return run_update(clips, noise)
+
+    checkpoint = _Checkpoint(config.out / "vae", {"vae": vae}, optimizer)
+    _loop("autoencoder", config.vae_iterations, config.save_every, checkpoint, iterate)
+    _set_latent_statistics(vae, _generator(config.seed, "statistics", 0, device))
+    return vae.eval().requires_grad_(False)
+
+
+def train_denoiser(
+    config: TrainConfig, vae: AutoencoderKLWan, device: torch.device
+) -> tuple[PreTrainedTokenizerFast, UMT5EncoderModel, WanTransformer3DModel]:
+    """Train text encoder and denoiser together by flow matching on the autoencoder's latents."""
+    torch.manual_seed(config.seed + 1)
+    tokenizer = build_tokenizer()
+    text_encoder = build_text_encoder(len(tokenizer)).to(device)  # type: ignore[arg-type]
+    denoiser = build_denoiser().to(device)
+    modules = {"text_encoder": text_encoder, "denoiser": denoiser}
+    weights = [p for module in modules.values() for p in module.parameters()]
+    averages = {name: {k: p.detach().clone() for k, p in m.named_parameters()} for name, m in modules.items()}
+    averaged = [average for module in averages.values() for average in module.values()]
+    optimizer = _adamw(weights, weight_decay=0.01)
+    checkpoint = _Checkpoint(config.out / "denoiser", modules, optimizer, averages)
+    pool = _Pool(config, vae, tokenizer, device)
+
+    def update(latents: Tensor, noise: Tensor, sigma: Tensor, tokens: Tensor, *, length: int) -> dict[str, Tensor]:
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            velocity = denoiser(
+                hidden_states=torch.lerp(latents, noise, sigma.view(-1, 1, 1, 1, 1)),
+                timestep=1000 * sigma,
+                encoder_hidden_states=encode_prompts(text_encoder, tokens, length),
+                return_dict=False,
+            )[0]
+        loss = (velocity.float() - (noise - latents)).square().mean()
+        minimize(loss, optimizer)
+        return {"loss": loss.detach()}
+
+    # One update in eight sees prompts padded as far as Wan's pipeline pads them by default, so that both work.
+    run_update = [_Graphed(partial(update, length=length), optimizer) for length in (MAX_TOKENS, 512)]
+
+    def iterate(iteration: int) -> dict[str, Tensor]:
+        pool.refresh(iteration)
+        _set_learning_rate(optimizer, config.denoiser_learning_rate * _schedule(iteration, config.denoiser_iterations))
+        generator = _generator(config.seed, "denoiser", iteration, device)
+        latents, tokens = pool.sample(config.denoiser_batch_size, generator)
+        dropped = torch.rand(len(tokens), 1, generator=generator, device=device) < config.caption_dropout
+        noise = torch.randn(latents.shape, generator=generator, device=device)
+        uniform = torch.rand(len(latents), generator=generator, device=device)
+        sigma = config.train_shift * uniform / (1 + (config.train_shift - 1) * uniform)
+        tokens = torch.where(dropped, pool.empty_caption, tokens)
+        metrics = run_update[iteration % 8 == 7](latents, noise, sigma, tokens)
+        torch._foreach_lerp_(averaged, weights, 1 - min(config.ema_decay, (1 + iteration) / (10 + iteration)))
+        return metrics
+
+    _loop("denoiser", config.denoiser_iterations, config.save_every, checkpoint, iterate)
+    with torch.no_grad():
+        for weight, average in zip(weights, averaged, strict=True):
+            weight.copy_(average)
+    for module in modules.values():
+        module.eval().requires_grad_(False)
+    return tokenizer, text_encoder, denoiser
+
+
+def encode_prompts(text_encoder: UMT5EncoderModel, tokens: Tensor, length: int) -> Tensor:
+    """Prompt embeddings as Wan's pipeline makes them: zeros behind the end mark, padded to `length` tokens."""
+    mask = tokens != 0
+    embeds = text_encoder(tokens, mask.long()).last_hidden_state * mask[..., None]
+    return nn.functional.pad(embeds, (0, 0, 0, length - tokens.shape[1]))
+
+
+def save_teacher(
+    folder: Path,
+    vae: AutoencoderKLWan,
+    tokenizer: PreTrainedTokenizerFast,
+    text_encoder: UMT5EncoderModel,
+    denoiser: WanTransformer3DModel,
+) -> None:
+    """Save the pipeline in float16, with the defaults of its call beside it.
+
+    The scheduler is the first-order DPM-Solver on flow sigmas, which is the Euler step (to rounding) on a grid whose
+    every n-th level is the grid of n times fewer steps; Wan's pipeline could not ask an Euler scheduler for that.
+    """
+    scheduler = DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", solver_order=1, flow_shift=3.0
+    )
+    pipeline = WanPipeline(
+        tokenizer=tokenizer,  # type: ignore[arg-type]
+        text_encoder=text_encoder.cpu(),
+        vae=vae.cpu(),
+        scheduler=scheduler,  # type: ignore[arg-type]
+        transformer=denoiser.cpu(),
+    )
+    pipeline.to(torch.float16).save_pretrained(folder)
+    (folder / "accvideo.json").write_text(json.dumps(CALL_DEFAULTS, indent=2) + "\n")
+
+
+class _Pool:
+    """Latents and tokens of clips drawn from the world: a ring that grows by a block every 64 iterations."""
+
+    def __init__(
+        self, config: TrainConfig, vae: AutoencoderKLWan, tokenizer: PreTrainedTokenizerFast, device: torch.device
+    ) -> None:
+        self.config, self.vae, self.tokenizer, self.device = config, vae, tokenizer, device
+        self.mean = torch.tensor(vae.config.latents_mean, device=device).view(1, -1, 1, 1, 1)  # type: ignore[attr-defined]
+        self.std = torch.tensor(vae.config.latents_std, device=device).view(1, -1, 1, 1, 1)  # type: ignore[attr-defined]
+        self.num_blocks = config.pool_size // config.pool_block
+        size = self.num_blocks * config.pool_block
+        self.latents = torch.zeros(size, LATENT_CHANNELS, 5, 4, 4, dtype=torch.float16, device=device)
+        self.tokens = torch.zeros(size, MAX_TOKENS, dtype=torch.int64, device=device)
+        self.empty_caption = self._tokenize([""])
+        self.num_filled = 0
+
+    def _tokenize(self, captions: list[str]) -> Tensor:
+        encoded = self.tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt")
+        return encoded.input_ids.to(self.device)  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def _fill(self, block: int) -> None:
+        scenes = world.random_scenes(self.config.pool_block, _generator(self.config.seed, "pool", block, self.device))
+        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+            latents = self.vae.encode(world.draw(scenes) * 2 - 1).latent_dist.mean  # type: ignore[union-attr]
+        rows = slice(
+            block % self.num_blocks * self.config.pool_block, (block % self.num_blocks + 1) * self.config.pool_block
+        )
+        self.latents[rows] = ((latents.float() - self.mean) / self.std).half()
+        self.tokens[rows] = self._tokenize(world.captions_of(scenes.requests))
+
+    def refresh(self, iteration: int) -> None:
+        """Hold the blocks that belong to an iteration; the first call, also of a resumed training, fills the pool."""
+        wanted = self.config.pool_start // self.config.pool_block + iteration // 64
+        for block in range(max(self.num_filled, wanted - self.num_blocks), wanted):
+            self._fill(block)
+        self.num_filled = wanted
+
+    def sample(self, num: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Latents and tokens of clips drawn with replacement."""
+        filled = min(self.num_filled, self.num_blocks) * self.config.pool_block
+        rows = torch.randint(filled, (num,), generator=generator, device=self.device)
+        return self.latents[rows].float(), self.tokens[rows]
+
+
+class _Graphed:
+    """An update captured as a CUDA graph at its first call: its thousands of small kernels start with one launch.
+
+    Inputs are copied into fixed tensors. Capture needs a few trial updates; they run at learning rate 0, and what they
+    did to the optimizer's moments is undone. On a CPU the update is simply called.
+    """
+
+    def __init__(self, update: Callable[..., dict[str, Tensor]], optimizer: torch.optim.Optimizer) -> None:
+        self.update, self.optimizer = update, optimizer
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
+        if inputs[0].device.type != "cuda":
+            return self.update(*inputs)
+        if self.graph is None:
+            self._capture(inputs)
+        assert self.graph is not None
+        for fixed, value in zip(self.inputs, inputs, strict=True):
+            fixed.copy_(value)
+        self.graph.replay()
+        return self.outputs
+
+    def _capture(self, inputs: tuple[Tensor, ...]) -> None:
+        self.inputs = tuple(value.clone() for value in inputs)
+        rate = self.optimizer.param_groups[0]["lr"].clone()
+        before = {p: {k: v.clone() for k, v in state.items()} for p, state in self.optimizer.state.items()}
+        _set_learning_rate(self.optimizer, 0.0)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.update(*self.inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        for parameter, state in self.optimizer.state.items():
+            for key, value in state.items():
+                value.copy_(before[parameter][key]) if parameter in before else value.zero_()
+        _set_learning_rate(self.optimizer, rate)
+        self.graph = torch.cuda.CUDAGraph()
+        self.optimizer.zero_grad()
+        with torch.cuda.graph(self.graph):
+            self.outputs = self.update(*self.inputs)
+
+
+class _Checkpoint:
+    """Weights, their averages, optimizer state and the iteration, in one folder; whole or not at all."""
+
+    def __init__(
+        self,
+        folder: Path,
+        modules: dict[str, nn.Module],
+        optimizer: torch.optim.Optimizer,
+        averages: dict[str, dict[str, Tensor]] | None = None,
+    ) -> None:
+        self.path = folder.with_suffix(".safetensors")
+        self.modules, self.optimizer, self.averages = modules, optimizer, averages or {}
+        self.iteration = 0
+        if self.path.exists():
+            self._load()
+
+    def _load(self) -> None:
+        tensors = load_file(self.path)
+        self.iteration = int(tensors.pop("iteration"))
+        groups: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            group, _, key = name.partition("/")
+            groups.setdefault(group, {})[key] = tensor
+        for name, module in self.modules.items():
+            module.load_state_dict(groups[name])
+        for name, average in self.averages.items():
+            for key, tensor in groups[f"average.{name}"].items():
+                average[key].copy_(tensor)
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in groups["optimizer"].items():
+            index, _, key = name.partition(".")
+            state.setdefault(int(index), {})[key] = tensor
+        param_groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": param_groups})
+
+    def save(self, iteration: int) -> None:
+        """Write under another name, then rename."""
+        tensors = {"iteration": torch.tensor(iteration)}
+        for name, module in self.modules.items():
+            tensors |= {f"{name}/{key}": tensor for key, tensor in module.state_dict().items()}
+        for name, average in self.averages.items():
+            tensors |= {f"average.{name}/{key}": tensor for key, tensor in average.items()}
+        for index, values in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{index}.{key}": tensor for key, tensor in values.items()}
+        partial = self.path.with_suffix(".partial")
+        save_file({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, partial)
+        partial.rename(self.path)
+        self.iteration = iteration
+
+
+def _loop(
+    name: str,
+    num_iterations: int,
+    save_every: int,
+    checkpoint: _Checkpoint,
+    update: Callable[[int], dict[str, Tensor]],
+) -> None:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(name, total=num_iterations, completed=checkpoint.iteration)
+        for iteration in range(checkpoint.iteration, num_iterations):
+            metrics = update(iteration)
+            progress.advance(task)
+            is_save = (iteration + 1) % save_every == 0 or iteration + 1 == num_iterations
+            if not is_save and (iteration + 1) % 100:
+                continue
+            text = "  ".join(f"{key} {value:.4g}" for key, value in metrics.items())
+            progress.update(task, description=f"{name}  {text}")
+            if is_save:
+                checkpoint.save(iteration + 1)
+                console.print(f"{name} {iteration + 1}/{num_iterations}  {text}", highlight=False)
+
+
+def _set_latent_statistics(vae: AutoencoderKLWan, generator: torch.Generator) -> None:
+    with torch.no_grad():
+        clips = (world.draw(world.random_scenes(64, generator)) * 2 - 1 for _ in range(32))
+        latents = torch.cat([vae.encode(clip).latent_dist.mean for clip in clips])  # type: ignore[union-attr]
+    mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
+    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+
+
+def minimize(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """One clipped step of the optimizer down the gradient of the loss."""
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+    optimizer.step()
+
+
+def _adamw(weights: list[nn.Parameter], weight_decay: float) -> torch.optim.AdamW:
+    # A graph reads the learning rate from a tensor.
+    device = weights[0].device
+    on_gpu = device.type == "cuda"
+    rate = torch.zeros((), device=device) if on_gpu else 0.0
+    return torch.optim.AdamW(
+        weights, lr=rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True, capturable=on_gpu
+    )
+
+
+def _set_learning_rate(optimizer: torch.optim.Optimizer, rate: float | Tensor) -> None:
+    group = optimizer.param_groups[0]
+    if isinstance(group["lr"], Tensor):
+        group["lr"].copy_(rate) if isinstance(rate, Tensor) else group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
+def _schedule(iteration: int, num_iterations: int) -> float:
+    """Learning rate as a fraction of its peak: 300 updates of warm-up, then half a cosine down to zero."""
+    warmup = min(300, num_iterations // 10 + 1)
+    if iteration < warmup:
+        return (iteration + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (iteration - warmup) / max(1, num_iterations - warmup)))
+
+
+def _generator(seed: int, purpose: str, index: int, device: torch.device) -> torch.Generator:
+    """A generator of its own for each purpose and iteration, so that nothing has to be saved to resume."""
+    mixed = sum(ord(letter) * 31**i for i, letter in enumerate(purpose))
+    return torch.Generator(device).manual_seed((seed * 1_000_003 + mixed) * 2**24 % 2**62 + index)
