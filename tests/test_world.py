@@ -12,7 +12,7 @@ from accvideo.types import UserError
 
 
 def object_of(x: float, y: float, radius: float, angle: float = 0, amount: float = 0, phase: float = 0) -> torch.Tensor:
-    return torch.tensor([[x, y, radius, angle, amount, phase]])
+    return torch.tensor([[x, y, radius, angle, amount, phase]], dtype=torch.float32)
 
 
 def path_of(motion: str, numbers: torch.Tensor) -> torch.Tensor:

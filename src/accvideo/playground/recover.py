@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from accvideo.playground import world
@@ -78,7 +78,7 @@ class _Blobs:
     measured: Float[Tensor, "M 3"]
     """Color as it is in the clip, in levels."""
     count: Int[Tensor, " batch"]
-    owner: Int[Tensor, " pixels"]
+    owner: UInt8[Tensor, " pixels"]
     """`rank + 1` of the object that a pixel belongs to, flat; 0 where there is none."""
     pixel_object: Int[Tensor, " P"]
     pixel: Int[Tensor, " P"]
