@@ -168,7 +168,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Task, dict[str, Ro
     latents = torch.randn(12, 4, 2, 2)
     data, batch = {}, task.batches()[0]
     for name, order in (("teacher", list(range(12))), ("student", [1, 0, *range(2, 12)])):
-        clips = ClipBatch(list(batch), frames[order], latents[order], Seconds(0.1, 2, 0.3), 10, [1.0, 0.0])
+        clips = ClipBatch(list(batch), frames[order], latents[order], Seconds(0.1, 2.0, 0.3), 10, [1.0, 0.0])
         teacher = None if name == "teacher" else task.cache / "teacher"
         write_batch(task.cache / name, task, batch, clips, teacher, keep_wrong=True)
         data[name] = read_row([task.cache / name])

@@ -109,7 +109,7 @@ class Model:
     num_steps: int
     guidance_scale: float | None
     """None: the pipeline's own."""
-    fps: float
+    fps: int | float
     arguments: dict[str, Any]
     """Further arguments of the pipeline's call: sizes and whatever was recorded."""
     student: StudentConfig | None = None

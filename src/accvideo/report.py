@@ -60,7 +60,7 @@ def write_report(
     clips: Sequence[ShownClip],
     failures: Sequence[ShownClip],
     training_log: Sequence[Mapping[str, Any]],
-    fps: float,
+    fps: int | float,
 ) -> Path:
     """Write `folder/index.html`, under another name first, and return its path.
 
@@ -127,7 +127,7 @@ def shown_rows(rows: Sequence[Row]) -> list[tuple[Row, str]]:
     return [(row, tint) for row, tint in ordered(rows) if row["name"] != "teacher_equal_calls_other"]
 
 
-def number(value: float) -> str:
+def number(value: int | float) -> str:
     """Three significant digits, never in exponents for the sizes met here."""
     if value == 0:
         return "0"
@@ -284,7 +284,7 @@ PLAYER = """<div class="player" data-fps="{fps}" role="group" aria-label="Playba
 <button class="speed" type="button" aria-label="Speed">1×</button></div>"""
 
 
-def clips_section(rows: Sequence[Row], clips: Sequence[ShownClip], fps: float) -> str:
+def clips_section(rows: Sequence[Row], clips: Sequence[ShownClip], fps: int | float) -> str:
     """Clips of all rows side by side with one player for all."""
     shown = shown_rows(rows)
     return (
@@ -311,14 +311,14 @@ def failures_section(rows: Sequence[Row], failures: Sequence[ShownClip]) -> str:
 # Charts
 
 
-def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
+def nice_ticks(low: int | float, high: int | float, count: int = 5) -> list[float]:
     """Round numbers, about `count`, from at or below `low` to at or above `high`."""
     step = 10 ** math.floor(math.log10((high - low) / count))
     step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= count)
-    return [step * i for i in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
+    return [float(step * i) for i in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
 
 
-def log_ticks(low: float, high: float) -> list[float]:
+def log_ticks(low: int | float, high: int | float) -> list[float]:
     """Powers of ten inside a range, and their 2- and 5-fold where it is narrow."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1, 2, 5) if high < 200 * low else (1,)
@@ -329,20 +329,22 @@ def log_ticks(low: float, high: float) -> list[float]:
 class Plot:
     """The area of a chart: ranges of both axes, each linear or logarithmic, mapped to 440 x 270 units."""
 
-    x_range: tuple[float, float]
-    y_range: tuple[float, float]
+    x_range: tuple[int | float, int | float]
+    y_range: tuple[int | float, int | float]
     x_log: bool = False
     y_log: bool = False
 
-    def x(self, value: float) -> float:
+    def x(self, value: int | float) -> float:
         """Horizontal position of a value."""
         return 44 + 384 * _fraction(value, self.x_range, self.x_log)
 
-    def y(self, value: float) -> float:
+    def y(self, value: int | float) -> float:
         """Vertical position of a value."""
         return 232 - 216 * _fraction(value, self.y_range, self.y_log)
 
-    def svg(self, marks: str, x_title: str, y_ticks: Sequence[float], x_ticks: Sequence[float], describe: str) -> str:
+    def svg(
+        self, marks: str, x_title: str, y_ticks: Sequence[float], x_ticks: Sequence[int | float], describe: str
+    ) -> str:
         """The chart with axes around `marks`."""
         lines = [
             f'<line class="axis" x1="44" x2="428" y1="{self.y(tick):.1f}" y2="{self.y(tick):.1f}"/>'
@@ -357,7 +359,7 @@ class Plot:
         )
 
 
-def _fraction(value: float, limits: tuple[float, float], logarithmic: bool) -> float:
+def _fraction(value: int | float, limits: tuple[int | float, int | float], logarithmic: bool) -> float:
     low, high = limits
     if logarithmic:
         low, high, value = math.log(low), math.log(high), math.log(max(value, low))
@@ -516,7 +518,7 @@ def curves(training_log: Sequence[Mapping[str, Any]], value: Callable[[Mapping[s
         except KeyError:
             continue
         if math.isfinite(y):
-            found.setdefault(keypoint, []).append((line["iteration"], y))
+            found.setdefault(keypoint, []).append((float(line["iteration"]), y))
     return {keypoint: binned(points) for keypoint, points in sorted(found.items())}
 
 
@@ -524,7 +526,7 @@ def validation_curves(training_log: Sequence[Mapping[str, Any]]) -> Curves:
     """The validation losses, which come as one line for all key points."""
     lines = [line for line in training_log if "validation_loss" in line]
     num_keypoints = len(lines[0]["validation_loss"]) if lines else 0
-    return {k: [(line["iteration"], line["validation_loss"][k]) for line in lines] for k in range(num_keypoints)}
+    return {k: [(float(line["iteration"]), line["validation_loss"][k]) for line in lines] for k in range(num_keypoints)}
 
 
 def line_chart(title: str, unit: str, series: Curves, dashed: Curves, y_range: tuple[float, float] | None) -> str:
