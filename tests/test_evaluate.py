@@ -28,8 +28,10 @@ from accvideo.generate import ClipBatch, Seconds, load_model, sample_clips, with
 from accvideo.metrics import latent_mse
 from accvideo.playground.judge import diversity_distance, judge
 from accvideo.playground.world import draw, sample_prompts, scenes_of, to_uint8
+from accvideo.record import RecordConfig, record
 from accvideo.types import UserError
 from tests.recorded import record_tiny
+from tests.tiny import tiny_wan_pipeline
 
 ROWS = ["teacher", "teacher_few", "teacher_equal_calls", "teacher_equal_calls_other", "student"]
 METRICS = {
@@ -209,3 +211,22 @@ def test_verdicts_survive_storage():
     for field in fields(verdicts):
         if field.name != "scenes":
             assert torch.equal(getattr(restored, field.name), getattr(verdicts, field.name))
+
+
+def test_playground_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With the playground's name, prompts are the world's held-out ones and noise is judged wrong, also on the page."""
+    monkeypatch.setattr("accvideo.teacher.PLAYGROUND_TEACHER", tmp_path / "teacher")
+    monkeypatch.setattr("accvideo.evaluate.PLAYGROUND_TEACHER", tmp_path / "teacher")
+    tiny_wan_pipeline("dpm").save_pretrained(tmp_path / "teacher")
+    sizes = {"height": 64, "width": 64, "num_frames": 17, "guidance_scale": 3.0, "fps": 8}
+    defaults = {**sizes, "pipeline_args": {"max_sequence_length": 12}}
+    (tmp_path / "teacher" / "accvideo.json").write_text(json.dumps(defaults))
+    (tmp_path / "prompts.txt").write_text("\n".join(sample_prompts(4, 0)))
+    record(RecordConfig(teacher="playground", prompts=tmp_path / "prompts.txt", out=tmp_path / "data", num_steps=5))
+    distill(DistillConfig(data=tmp_path / "data", out=tmp_path / "student", num_iterations=2, num_validation=1))
+    config = EvaluateConfig(student=str(tmp_path / "student"), out=tmp_path / "report", num_prompts=3)
+    report = evaluate(config)
+    assert all(row["metrics"]["all_right"]["mean"] == 0 for row in report["rows"])
+    assert all(row["metrics"]["diversity_distance"]["mean"] > 0 for row in report["rows"])
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert sample_prompts(3, 0, "held_out")[2] in page and "What goes wrong" in page

@@ -52,7 +52,7 @@ def row(name: str, steps: int, calls: int, guidance: float, denoising: float, ri
     metrics["diversity_distance"] = None if right is None else estimate(0.12 - 0.06 * right, 0.008)
     metrics["flicker"] = estimate(3.1, 0.12)
     metrics["latent_mse"] = None if name == "teacher" else estimate(0.6 / calls, 0.02)
-    metrics["teacher_psnr_db"] = None if name == "teacher" else estimate(20 + calls, 0.3)
+    metrics["teacher_psnr_db"] = None if name == "teacher" else estimate(20.0 + calls, 0.3)
     seconds = {"text": 0.004, "denoising": denoising, "decoding": 0.021}
     return {
         "name": name,
