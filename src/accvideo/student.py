@@ -3,10 +3,9 @@
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ class Student(nn.Module):
     Args:
         denoisers: the teacher's denoisers by their names in its pipeline; changed in place.
         lora_rank: rank of the adapters on every linear layer of the blocks; None trains all weights.
-        autocast: makes the context that the denoisers run in, such as bfloat16 autocast.
+        arithmetic: makes the context that the denoisers run in, such as bfloat16 autocast.
         keep_teacher: whether `teacher_features` will be asked for.
         gradient_checkpointing: keep only the blocks' inputs for the backward pass, and compute the rest again.
     """
@@ -52,7 +51,7 @@ class Student(nn.Module):
         self,
         denoisers: Mapping[str, nn.Module],
         lora_rank: int | None,
-        autocast: Callable[[], Any] | None = None,
+        arithmetic: Callable[[], AbstractContextManager[None]] = nullcontext,
         keep_teacher: bool = True,
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -70,7 +69,7 @@ class Student(nn.Module):
             else:
                 add_lora(denoiser, lora_rank)
         self.adapters = [module for module in self.modules() if isinstance(module, BaseTunerLayer)]
-        self.autocast = autocast or partial(torch.autocast, "cpu", enabled=False)
+        self.arithmetic = arithmetic
         if gradient_checkpointing:
             models: list[Any] = [*self.denoisers.values(), *self.teachers.values()]
             for denoiser in models:
@@ -78,7 +77,7 @@ class Student(nn.Module):
 
     def velocity(self, denoiser: str, call: DenoiserCall, latents: Latents) -> Latents:
         """The student's velocity, float32, where the teacher's denoiser of this name made this call."""
-        with self.autocast():
+        with self.arithmetic():
             return replay(self.denoisers[denoiser], call, latents)
 
     def teacher_features(self, denoiser: str, call: DenoiserCall, latents: Latents, layer: int) -> Tensor:
@@ -86,7 +85,7 @@ class Student(nn.Module):
 
         No `no_grad` here: the student learns through the frozen teacher, from the logits back to its own latents.
         """
-        with self.autocast(), self.without_adapters():
+        with self.arithmetic(), self.without_adapters():
             return layer_features(self.teachers[denoiser], call, latents, layer)
 
     @contextmanager
