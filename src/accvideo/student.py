@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ class Student(nn.Module):
         if gradient_checkpointing:
             models: list[Any] = [*self.denoisers.values(), *self.teachers.values()]
             for denoiser in models:
-                denoiser.enable_gradient_checkpointing(checkpointed)
+                denoiser.enable_gradient_checkpointing(partial(checkpointed, arithmetic))
 
     def velocity(self, denoiser: str, call: DenoiserCall, latents: Latents) -> Latents:
         """The student's velocity, float32, where the teacher's denoiser of this name made this call."""
@@ -120,7 +121,7 @@ def add_lora(denoiser: Any, rank: int) -> None:
             parameter.data = parameter.data.float()
 
 
-def checkpointed(block: nn.Module, *args: Any) -> Any:
+def checkpointed(arithmetic: Callable[[], AbstractContextManager[None]], block: nn.Module, *args: Any) -> Any:
     """Run a block and drop what it computed; the backward pass computes it again, with adapters as they are now."""
     adapters = [module for module in block.modules() if isinstance(module, BaseTunerLayer)]
     disabled = [adapter._disable_adapters for adapter in adapters]
@@ -130,7 +131,8 @@ def checkpointed(block: nn.Module, *args: Any) -> Any:
         try:
             for adapter, value in zip(adapters, disabled, strict=True):
                 adapter._disable_adapters = value
-            return block(*args)
+            with arithmetic():
+                return block(*args)
         finally:
             for adapter, value in zip(adapters, before, strict=True):
                 adapter._disable_adapters = value
