@@ -230,7 +230,9 @@ def test_key_point_scheduler_keeps_its_levels_whatever_a_pipeline_asks():
 def test_key_point_scheduler_steps_in_float32():
     scheduler = KeyPointScheduler([1.0, 0.99, 0.0], [1000, 990])
     sample, velocity = torch.full((1, 4), 100.0), torch.full((1, 4), 3.0).bfloat16()
-    assert torch.allclose(scheduler.step(velocity, None, sample).prev_sample, torch.full((1, 4), 99.97), atol=1e-4)
+    assert torch.allclose(
+        scheduler.step(velocity, None, sample, return_dict=False)[0], torch.full((1, 4), 99.97), atol=1e-4
+    )
 
 
 def test_a_student_of_another_teacher_is_refused(folder: TrajectoryFolder, tmp_path: Path):

@@ -361,12 +361,12 @@ def start_training(
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         student = Student(
-            denoisers,
+            {name: denoiser.to(device) for name, denoiser in denoisers.items()},
             lora_rank=None if config.full else config.lora_rank,
             arithmetic=partial(arithmetic, device.type, config.precision),
             keep_teacher=adversarial,
             gradient_checkpointing=config.gradient_checkpointing,
-        ).to(device)
+        )
         discriminator = None
         if adversarial:
             discriminator = Discriminator(
