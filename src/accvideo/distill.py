@@ -48,7 +48,7 @@ PLACES = {"data", "out", "device", "save_every"}  # settings that change nothing
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """Distill a student from recorded trajectories."""
+    """Distills a student from recorded trajectories. `--preset paper` starts from the settings of the paper."""
 
     data: Positional[Path]
     """Folder of trajectories that `accvideo record` made."""

@@ -1,0 +1,122 @@
+"""The command line: one subcommand a stage, each a configuration that tyro turns into options."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+COMMANDS = {
+    "demo": ("accvideo.demo", "the whole loop on the embedded playground, in minutes on a laptop"),
+    "record": ("accvideo.record", "run a teacher on prompts and keep its denoising trajectories"),
+    "verify": ("accvideo.verify", "check every file of a folder of trajectories"),
+    "distill": ("accvideo.distill", "train a few-step student on recorded trajectories"),
+    "generate": ("accvideo.generate", "make videos with a teacher or a student"),
+    "evaluate": ("accvideo.evaluate", "compare a student with its teacher and write a report"),
+    "playground prompts": ("accvideo.playground.prompts", "write prompts of the playground's world to a file"),
+    "playground train": ("accvideo.playground.train", "train the playground's teacher anew"),
+}
+"""Module and purpose of each command; the module is imported when the command runs, so that help comes at once."""
+
+HELP = """usage: accvideo COMMAND [OPTIONS]
+
+Distill video diffusion pipelines into few-step students: record -> distill -> generate -> evaluate.
+
+{commands}
+
+Each command has its own --help. All take --json: one JSON object on stdout and nothing else there.
+Exit codes: 0 success, 1 a mistake that the message explains, 2 a wrong command line, 130 Ctrl-C.
+"""
+
+
+def main() -> None:
+    """Run the command of `sys.argv` and exit."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command; returns the exit code."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        lines = [f"  {name:{width}}  {purpose}" for name, (_, purpose) in COMMANDS.items()]
+        print(HELP.format(commands="\n".join(lines)), end="")
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from accvideo import __version__
+
+        print(__version__)
+        return 0
+    words = 2 if arguments[0] == "playground" else 1
+    command, rest = " ".join(arguments[:words]), arguments[words:]
+    if command not in COMMANDS:
+        print(f"accvideo: unknown command {command!r}; known are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    from accvideo.types import UserError
+
+    try:
+        as_json = "--json" in rest
+        result = execute(command, [word for word in rest if word != "--json"])
+        if as_json:
+            print(json.dumps(result))
+        else:
+            show(result)
+        return int(result.get("num_problems", 0) > 0)
+    except UserError as error:
+        print(f"accvideo: {error}", file=sys.stderr)
+        return 1
+    except SystemExit as stop:  # tyro: help was asked for, or the command line is wrong
+        return stop.code if isinstance(stop.code, int) else 2
+    except KeyboardInterrupt:
+        print("accvideo: interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        return 130
+
+
+def execute(command: str, arguments: list[str]) -> dict[str, Any]:
+    """Parse the options of a command and run it; returns its summary."""
+    import tyro
+
+    from accvideo.types import UserError
+
+    parse: Callable[..., Any] = tyro.cli
+    wanted = "--help" in arguments or "-h" in arguments
+    module, name, default = import_module(COMMANDS[command][0]), command.split()[-1], {}
+    if not wanted:
+        quiet_libraries()
+    if command == "distill":
+        preset, arguments = take_option(arguments, "--preset", "default")
+        presets = module.PRESETS
+        if preset not in presets:
+            raise UserError(f"unknown preset {preset!r}; known are {', '.join(presets)}")
+        default = {"default": presets[preset](data=tyro.MISSING, out=tyro.MISSING)}
+    config_class = getattr(module, f"{name.capitalize()}Config")
+    config = parse(config_class, prog=f"accvideo {command}", args=arguments, **default)
+    return getattr(module, name)(config)
+
+
+def show(summary: dict[str, Any]) -> None:
+    """Print the plain values of a summary for a reader."""
+    for name, value in summary.items():
+        if isinstance(value, str | int | float):
+            print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}", file=sys.stderr)
+
+
+def take_option(arguments: list[str], option: str, default: str) -> tuple[str, list[str]]:
+    """The value of an option, and the arguments without it."""
+    for i, word in enumerate(arguments):
+        if word == option and i + 1 < len(arguments):
+            return arguments[i + 1], arguments[:i] + arguments[i + 2 :]
+        if word.startswith(option + "="):
+            return word.removeprefix(option + "="), arguments[:i] + arguments[i + 1 :]
+    return default, arguments
+
+
+def quiet_libraries() -> None:
+    """Silence what diffusers and transformers print while they load models; accvideo shows its own progress."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import diffusers
+    import transformers
+
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()

@@ -1,0 +1,72 @@
+"""The whole loop on the embedded playground: record, distill, evaluate, and a page to look at."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from accvideo.distill import DistillConfig, distill
+from accvideo.evaluate import EvaluateConfig, evaluate
+from accvideo.generate import PLAYGROUND_STUDENT
+from accvideo.playground.prompts import PromptsConfig, prompts
+from accvideo.record import RecordConfig, record
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Records the playground's teacher, distills a 5-step student of it, and compares the two on held-out prompts."""
+
+    out: Path = Path("runs/demo")
+    """Folder of the run; an interrupted demo in it goes on."""
+    num_trajectories: int = 128
+    """Trajectories to record, 50 guided steps each."""
+    num_iterations: int = 150
+    """Updates of the student."""
+    num_prompts: int = 96
+    """Held-out prompts that teacher and student are compared on."""
+    seed: int = 0
+    """Of prompts, noise and training."""
+
+
+def demo(config: DemoConfig) -> dict[str, Any]:
+    """Run all stages; returns the report, the seconds of each stage and where the page is."""
+    console, seconds, clock = Console(stderr=True), {}, time.perf_counter()
+
+    def finished(stage: str) -> None:
+        nonlocal clock
+        seconds[stage], clock = time.perf_counter() - clock, time.perf_counter()
+
+    def say(text: str) -> None:
+        console.print(f"[bold]{text}[/bold]", highlight=False)
+
+    data, student, report = config.out / "trajectories", config.out / "student", config.out / "report"
+    file = config.out / "prompts.txt"
+    say(f"1/3  Record {config.num_trajectories} trajectories of the teacher: 50 steps, 100 denoiser calls each")
+    prompts(PromptsConfig(out=file, num=config.num_trajectories, seed=config.seed))
+    record(
+        RecordConfig(
+            teacher="playground",
+            prompts=file,
+            out=data,
+            num_trajectories=config.num_trajectories,
+            batch_size=16,
+            seed=config.seed,
+        )
+    )
+    finished("record")
+
+    say("2/3  Distill a student of 5 steps, 5 denoiser calls")
+    distill(DistillConfig(data=data, out=student, num_iterations=config.num_iterations, seed=config.seed))
+    finished("distill")
+
+    say(f"3/3  Compare them on {config.num_prompts} prompts that neither has seen")
+    shipped = ("playground-student",) if (PLAYGROUND_STUDENT / "student.json").exists() else ()
+    result = evaluate(
+        EvaluateConfig(student=str(student), out=report, num_prompts=config.num_prompts, seed=config.seed, also=shipped)
+    )
+    finished("evaluate")
+    page = (report / "index.html").resolve()
+    say(f"Look at {page}")
+    return {"page": str(page), "seconds": seconds | {"total": sum(seconds.values())}, "report": result}
