@@ -32,6 +32,9 @@ TEXT_WIDTH = 128
 _BATCHES_DRAWN = 16
 """Batches of the autoencoder that are drawn at once."""
 
+_BATCHES_MEASURED = 8
+"""Batches of 64 clips over which the mean and deviation of the latents are taken."""
+
 MAX_TOKENS = 32
 """Length that prompts are padded to; the longest caption has 17 words and an end mark."""
 
@@ -182,7 +185,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
 def train_vae(config: TrainConfig, device: torch.device) -> AutoencoderKLWan:
     """Train the autoencoder on the world's clips by L1 and L2 pixel errors and a small KL term."""
     torch.manual_seed(config.seed)
-    vae = build_vae().to(device)
+    vae = build_vae()
+    vae.to(device)  # type: ignore[arg-type]
     optimizer = _adamw(list(vae.parameters()), weight_decay=0.0)
 
     def update(clips: Tensor, noise: Tensor) -> dict[str, Tensor]:
@@ -221,7 +225,8 @@ def train_denoiser(
     torch.manual_seed(config.seed + 1)
     tokenizer = build_tokenizer()
     text_encoder = build_text_encoder(len(tokenizer)).to(device)  # type: ignore[arg-type]
-    denoiser = build_denoiser().to(device)
+    denoiser = build_denoiser()
+    denoiser.to(device)  # type: ignore[arg-type]
     modules = {"text_encoder": text_encoder, "denoiser": denoiser}
     weights = [p for module in modules.values() for p in module.parameters()]
     averages = {name: {k: p.detach().clone() for k, p in m.named_parameters()} for name, m in modules.items()}
@@ -465,7 +470,7 @@ def _loop(
 
 def _set_latent_statistics(vae: AutoencoderKLWan, generator: torch.Generator) -> None:
     with torch.no_grad():
-        clips = (world.draw(world.random_scenes(64, generator)) * 2 - 1 for _ in range(32))
+        clips = (world.draw(world.random_scenes(64, generator)) * 2 - 1 for _ in range(_BATCHES_MEASURED))
         latents = torch.cat([vae.encode(clip).latent_dist.mean for clip in clips])  # type: ignore[union-attr]
     mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())

@@ -1,0 +1,117 @@
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanPipeline
+from safetensors.torch import load_file
+
+from accvideo.playground import train, world
+from accvideo.teacher import PLAYGROUND_TEACHER, denoising_grid
+from accvideo.types import UserError
+
+
+def tiny_config(out: Path) -> train.TrainConfig:
+    return train.TrainConfig(
+        out=out,
+        vae_iterations=3,
+        vae_batch_size=1,
+        denoiser_iterations=9,
+        denoiser_batch_size=2,
+        pool_size=16,
+        pool_block=8,
+        pool_start=8,
+        save_every=2,
+        device="cpu",
+    )
+
+
+def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Every iteration draws from generators of its own, so that weights and optimizer state are all there is."""
+    monkeypatch.setattr(train, "_BATCHES_MEASURED", 1)
+    monkeypatch.setattr(train, "_BATCHES_DRAWN", 2)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train.train(tiny_config(whole))
+    schedule, calls = train._schedule, iter(range(100))
+
+    def dies(iteration: int, num_iterations: int) -> float:
+        if next(calls) in (2, 8):
+            raise KeyboardInterrupt
+        return schedule(iteration, num_iterations)
+
+    monkeypatch.setattr(train, "_schedule", dies)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train.train(tiny_config(killed))
+    train.train(tiny_config(killed))
+    for part in ("transformer", "text_encoder", "vae"):
+        (path,) = (whole / "teacher" / part).glob("*.safetensors")
+        expected, got = load_file(path), load_file(killed / "teacher" / part / path.name)
+        assert expected.keys() == got.keys()
+        assert all(torch.equal(expected[name], got[name]) for name in expected), part
+    pipeline = WanPipeline.from_pretrained(whole / "teacher", dtype=torch.float32)
+    assert pipeline.vae.config.latents_std != [1.0] * train.LATENT_CHANNELS
+
+
+@pytest.fixture(scope="module")
+def teacher() -> WanPipeline:
+    pipeline = WanPipeline.from_pretrained(PLAYGROUND_TEACHER, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.mark.parametrize("length", [train.MAX_TOKENS, 512])
+def test_prompts_are_trained_as_the_pipeline_encodes_them(teacher: WanPipeline, length: int):
+    prompts = ["", "a red star spins on a plain navy background", "a zebra moves left on a plain gray background"]
+    encoded = teacher.tokenizer(prompts, padding="max_length", max_length=train.MAX_TOKENS, return_tensors="pt")
+    with torch.no_grad():
+        embeds = train.encode_prompts(teacher.text_encoder, encoded.input_ids, length)
+        expected, _ = teacher.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=length)
+    torch.testing.assert_close(embeds, expected)
+
+
+def test_the_tokenizer_knows_every_word_and_copes_with_others():
+    tokenizer = train.build_tokenizer()
+    captions = world.sample_prompts(2000, seed=3)
+    tokens = tokenizer(captions).input_ids
+    assert tokenizer.unk_token_id not in {token for row in tokens for token in row}
+    assert max(map(len, tokens)) <= 18
+    assert tokenizer("a zebra").input_ids[1] == tokenizer.unk_token_id
+    assert tokenizer("A RED, star").input_ids == [
+        *tokenizer("a red").input_ids[:2],
+        tokenizer.unk_token_id,
+        *tokenizer("star").input_ids,
+    ]
+
+
+def test_a_pool_that_cannot_start_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match="pool_start=4"):
+        train.TrainConfig(out=tmp_path, pool_start=4)
+
+
+def test_the_shipped_teacher_is_small_and_its_grids_nest(teacher: WanPipeline):
+    """At most 16 MB; every tenth of 50 levels is one of 5 levels, so that plain diffusers can run its students."""
+    assert sum(path.stat().st_size for path in PLAYGROUND_TEACHER.rglob("*")) <= 16_000_000
+    call = {"prompt": "", "height": 64, "width": 64, "num_frames": 17}
+    long, short = (denoising_grid(teacher, steps, **call)[0] for steps in (50, 5))
+    torch.testing.assert_close(long[::10], short)
+
+
+def test_the_shipped_teacher_follows_prompts(teacher: WanPipeline):
+    """Unknown words and prompts padded as far as Wan's pipeline pads by default are no trouble."""
+    prompts = ["a red square stays still on a plain gray background", "a zebra on a plain navy background"]
+    for length in (train.MAX_TOKENS, 512):
+        video = teacher(
+            prompts,
+            height=64,
+            width=64,
+            num_frames=17,
+            num_inference_steps=10,
+            guidance_scale=3.0,
+            max_sequence_length=length,
+            generator=torch.Generator().manual_seed(0),
+            output_type="pt",
+        ).frames
+        corner = video[:, :, :, :6, :6].mean((1, 3, 4))
+        gray, navy = (torch.tensor(world.BACKGROUNDS[name]) / 255 for name in ("gray", "navy"))
+        assert (corner[0] - gray).abs().max() < 0.06
+        assert (corner[1] - navy).abs().max() < 0.1
