@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 from safetensors.torch import load_file
+from torch import nn
 
 from accvideo.playground import train, world
 from accvideo.teacher import PLAYGROUND_TEACHER, denoising_grid
@@ -16,6 +17,8 @@ def tiny_config(out: Path) -> train.TrainConfig:
         vae_iterations=3,
         vae_batch_size=1,
         denoiser_iterations=9,
+        decoder_iterations=3,
+        decoder_batch_size=1,
         denoiser_batch_size=2,
         pool_size=16,
         pool_block=8,
@@ -115,3 +118,14 @@ def test_the_shipped_teacher_follows_prompts(teacher: WanPipeline):
         gray, navy = (torch.tensor(world.BACKGROUNDS[name]) / 255 for name in ("gray", "navy"))
         assert (corner[0] - gray).abs().max() < 0.06
         assert (corner[1] - navy).abs().max() < 0.1
+
+
+def test_muon_orthogonalizes_kernels_and_moves_vectors_by_adam():
+    """The step of a kernel has singular values near 1, whatever its gradient's; Adam's first step is the sign."""
+    kernel, bias = nn.Parameter(torch.zeros(6, 4, 3, 3)), nn.Parameter(torch.zeros(5))
+    kernel.grad = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(0)) * 1e-4
+    bias.grad = torch.tensor([1e-3, -2.0, 3.0, -1e-2, 5.0])
+    train.Muon([kernel, bias], lr=0.1).step()
+    singular = torch.linalg.svdvals(kernel.detach().flatten(1)) / 0.1
+    assert 0.6 < singular.min() and singular.max() < 1.3
+    torch.testing.assert_close(bias.detach(), -0.01 * bias.grad.sign(), rtol=1e-4, atol=0)

@@ -1,9 +1,9 @@
 """Train the playground's teacher: a genuine Wan text-to-video pipeline, small enough for a laptop.
 
-Two stages, both resumable: the autoencoder learns the world's clips, then the text encoder and the denoiser learn
-together to denoise its latents by flow matching (Lipman et al. 2023, arXiv:2210.02747). The world draws as many clips
-as training wants, so nothing is seen twice unless the pool of encoded clips wraps around. Batch i depends on the seed
-and i alone: a killed training goes on from its last checkpoint as if nothing had happened.
+Three stages, all resumable: the autoencoder learns the world's clips; the text encoder and the denoiser learn together
+to denoise its latents by flow matching (Lipman et al. 2023, arXiv:2210.02747); the decoder goes on alone. The world
+draws as many clips as training wants, so nothing is seen twice unless the pool of encoded clips wraps around. Batch i
+depends on the seed and i alone: a killed training goes on from its last checkpoint as if nothing had happened.
 """
 
 import json
@@ -63,6 +63,12 @@ class TrainConfig:
     """Peak learning rate of the autoencoder."""
     kl_weight: float = 1e-4
     """Weight of the mean KL divergence of a latent number (in nats) against the mean pixel error."""
+    decoder_iterations: int = 20_000
+    """Further updates of the decoder alone, on the latents that the denoiser knows."""
+    decoder_batch_size: int = 12
+    """Clips in one update of the decoder alone."""
+    decoder_learning_rate: float = 3e-3
+    """Peak learning rate of the decoder's kernels (Muon); a tenth of it is that of its other weights (Adam)."""
     denoiser_iterations: int = 20_000
     """Updates of the denoiser and the text encoder."""
     denoiser_batch_size: int = 512
@@ -168,7 +174,7 @@ def build_denoiser() -> WanTransformer3DModel:
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
-    """Train both stages and save the teacher; returns what was written and how long it took."""
+    """Train all stages and save the teacher; returns what was written and how long it took."""
     start = time.perf_counter()
     gpu = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(gpu if config.device == "auto" else config.device)
@@ -177,6 +183,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     config.out.mkdir(parents=True, exist_ok=True)
     vae = train_vae(config, device)
     tokenizer, text_encoder, denoiser = train_denoiser(config, vae, device)
+    train_decoder(config, vae, device)
     save_teacher(config.out / "teacher", vae, tokenizer, text_encoder, denoiser)
     (config.out / "train.json").write_text(json.dumps(asdict(config), default=str, indent=2) + "\n")
     return {"teacher": str(config.out / "teacher"), "seconds": time.perf_counter() - start}
@@ -271,6 +278,83 @@ def train_denoiser(
     for module in modules.values():
         module.eval().requires_grad_(False)
     return tokenizer, text_encoder, denoiser
+
+
+def train_decoder(config: TrainConfig, vae: AutoencoderKLWan, device: torch.device) -> None:
+    """Go on training the decoder alone: the latents stay what the denoiser knows, so this can be done at any time."""
+    decoder = nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True)
+    averages = {"decoder": {k: p.detach().clone() for k, p in decoder.named_parameters()}}
+    optimizer = Muon(list(decoder.parameters()), config.decoder_learning_rate)
+    checkpoint = _Checkpoint(config.out / "decoder", {"decoder": decoder}, optimizer, averages)
+    weights: list[Tensor] = list(decoder.parameters())
+    averaged = list(averages["decoder"].values())
+    std = torch.tensor(vae.config.latents_std, device=device).view(1, -1, 1, 1, 1)  # type: ignore[attr-defined]
+
+    def iterate(iteration: int) -> dict[str, Tensor]:
+        decay = min(1.0, 1.25 * (1 - iteration / config.decoder_iterations))
+        _set_learning_rate(optimizer, config.decoder_learning_rate * decay)
+        generator = _generator(config.seed, "decoder", iteration, device)
+        clips = world.draw(world.random_scenes(config.decoder_batch_size, generator)) * 2 - 1
+        with torch.no_grad():
+            latents = vae.encode(clips).latent_dist.mean  # type: ignore[union-attr]
+        noise = torch.randn(latents.shape, generator=generator, device=device)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            decoded = vae.decode(latents + 0.03 * std * noise).sample  # type: ignore[union-attr]
+        error = decoded.float() - clips
+        mse = error.square().mean()
+        optimizer.zero_grad()
+        (error.abs().mean() + 4 * mse).backward()
+        optimizer.step()
+        torch._foreach_lerp_(averaged, weights, 1 - min(0.997, (1 + iteration) / (10 + iteration)))
+        return {"psnr_db": 10 * torch.log10(4 / mse.detach())}
+
+    _loop("decoder", config.decoder_iterations, config.save_every, checkpoint, iterate)
+    with torch.no_grad():
+        for weight, average in zip(weights, averaged, strict=True):
+            weight.copy_(average)
+    decoder.requires_grad_(False)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal for convolution kernels, and Adam at a tenth of the rate for all other weights.
+
+    A kernel counts as a matrix of outputs by everything else; five Newton-Schulz iterations bring the singular values
+    of its momentum near 1 (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks").
+    """
+
+    def __init__(self, weights: list[nn.Parameter], lr: float) -> None:
+        super().__init__(weights, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update all weights that have a gradient."""
+        rate = self.param_groups[0]["lr"]
+        for weight in self.param_groups[0]["params"]:
+            gradient, state = weight.grad, self.state[weight]
+            if not state:
+                state |= {"momentum": torch.zeros_like(weight), "square": torch.zeros_like(weight)}
+                state["step"] = torch.zeros(())
+            state["step"] += 1
+            if weight.ndim >= 4:
+                momentum = state["momentum"].lerp_(gradient, 0.05)
+                direction = _orthogonal(gradient.lerp(momentum, 0.95).flatten(1)).view_as(weight)
+                outputs, inputs = weight.shape[0], weight[0].numel()
+                weight.add_(direction, alpha=-rate * max(1.0, outputs / inputs) ** 0.5)
+            else:
+                momentum = state["momentum"].lerp_(gradient, 0.1)
+                square = state["square"].lerp_(gradient.square(), 0.01)
+                mean, deviation = 1 - 0.9 ** state["step"], (1 - 0.99 ** state["step"]) ** 0.5
+                weight.sub_(0.1 * rate * (momentum / mean) / (square.sqrt() / deviation + 1e-8))
+
+
+def _orthogonal(matrix: Tensor) -> Tensor:
+    """The orthogonal matrix nearest to `matrix`, roughly: its singular values come to lie between about 0.7 and 1.2."""
+    wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    wide = wide / (wide.norm() + 1e-7)
+    for _ in range(5):
+        product = wide @ wide.T
+        wide = 3.4445 * wide + (-4.7750 * product + 2.0315 * product @ product) @ wide
+    return wide.T if matrix.shape[0] > matrix.shape[1] else wide
 
 
 def encode_prompts(text_encoder: UMT5EncoderModel, tokens: Tensor, length: int) -> Tensor:
