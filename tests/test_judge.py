@@ -151,7 +151,7 @@ def test_one_property_of_the_clip_differs(name: str, captions: list[str], scenes
     drawable = (requests.motion[:, 0] != MOTIONS.index("spins")) | (requests.shape[:, 0] % (len(SHAPES) - 1) > 0)
     rows = drawable.nonzero()[:, 0]
     generator = torch.Generator().manual_seed(2)
-    uniforms = torch.rand(len(rows), 8, 14, generator=generator)
+    uniforms = torch.rand(len(rows), world.NUM_CANDIDATES, world.NUM_UNIFORMS, generator=generator)
     clips = clips_of(world.place(requests[rows], uniforms))
     assert_only_wrong(judge(clips, [captions[i] for i in rows]), name)
 

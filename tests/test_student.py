@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -261,3 +262,10 @@ def test_the_model_card_says_where_the_student_comes_from(folder: TrajectoryFold
         "num_iterations",
     ):
         assert fact in card
+
+
+@pytest.mark.parametrize(("denoiser_calls", "expected"), [(20, 1.0), (10, 6.0)])
+def test_only_guidance_by_a_second_call_is_distilled_in(folder: TrajectoryFolder, denoiser_calls: int, expected: float):
+    """Guidance that is an input of the denoiser, as in HunyuanVideo, must stay what was recorded."""
+    manifest = replace(folder.manifest, denoiser_calls=denoiser_calls, guidance_scale=6.0)
+    assert student_config(manifest, folder[0].calls, None, {}).guidance_scale == expected

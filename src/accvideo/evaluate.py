@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from accvideo.command import choose_device, progress_bar, read_prompts
 from accvideo.generate import PLAYGROUND_STUDENT, ClipBatch, Dtype, Model, Seconds, digest, load_model, sample_clips
 from accvideo.metrics import (
     Estimate,
@@ -35,7 +36,6 @@ from accvideo.metrics import (
 )
 from accvideo.playground.judge import Verdicts, diversity_distance, judge
 from accvideo.playground.world import Requests, Scenes, sample_prompts
-from accvideo.record import choose_device, progress_bar, read_prompts
 from accvideo.report import ShownClip, write_report
 from accvideo.student import StudentConfig, read_student_config
 from accvideo.teacher import PLAYGROUND_TEACHER, teacher_path

@@ -19,8 +19,7 @@ import tyro
 from diffusers import DiffusionPipeline
 from PIL import Image, UnidentifiedImageError
 
-from accvideo.metrics import Clips
-from accvideo.record import (
+from accvideo.command import (
     DEFAULT_FPS,
     call_parameters,
     choose_device,
@@ -29,6 +28,7 @@ from accvideo.record import (
     read_prompts,
     shorten,
 )
+from accvideo.metrics import Clips
 from accvideo.student import StudentConfig, load_student
 from accvideo.teacher import (
     denoisers,

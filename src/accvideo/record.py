@@ -2,7 +2,6 @@
 
 import difflib
 import inspect
-import json
 import os
 import sys
 import time
@@ -15,9 +14,16 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from diffusers import DiffusionPipeline
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from accvideo.command import (
+    DEFAULT_FPS,
+    call_parameters,
+    choose_device,
+    parse_pipeline_args,
+    progress_bar,
+    read_prompts,
+    shorten,
+)
 from accvideo.flow import keypoint_indices
 from accvideo.teacher import (
     Watch,
@@ -46,8 +52,6 @@ from accvideo.types import UserError
 
 OWN_ARGUMENTS = ("prompt", "generator", "num_inference_steps", "output_type", "return_dict", "latents")
 """Arguments of a pipeline's call that the recorder sets itself."""
-
-DEFAULT_FPS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,28 +152,6 @@ def record(config: RecordConfig) -> dict[str, Any]:
     }
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a text file, one a line; empty lines are skipped.
-
-    Raises:
-        UserError: there are none.
-    """
-    try:
-        prompts = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"cannot read the prompts {path}: {error}; give a text file, one prompt a line") from error
-    if not prompts:
-        raise UserError(f"{path} holds no prompts; give a text file, one prompt a line")
-    return prompts
-
-
-def choose_device(name: str) -> str:
-    """The device called `name`; `auto` is the accelerator if there is one."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def check_folder(folder: Path) -> None:
     """Refuses a folder that holds something else.
 
@@ -210,12 +192,6 @@ def open_folder(folder: Path, manifest: Manifest) -> Manifest:
         old = replace(old, num_trajectories=manifest.num_trajectories)
         write_whole(folder / MANIFEST, old.to_json().encode())
     return old
-
-
-def shorten(value: Any) -> str:
-    """`value` in at most 40 characters."""
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def is_recorded(folder: Path, index: int, manifest: Manifest, prompts: Sequence[str]) -> bool:
@@ -262,31 +238,6 @@ def call_arguments(pipeline: DiffusionPipeline, config: RecordConfig, defaults: 
             close = difflib.get_close_matches(name, accepted, n=3) or sorted(accepted)
             raise UserError(f"{type(pipeline).__name__} takes no argument {name}; it takes {', '.join(close)}")
     return given
-
-
-def call_parameters(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """Names of what a pipeline's call takes, and their defaults."""
-    return {name: each.default for name, each in inspect.signature(type(pipeline).__call__).parameters.items()}
-
-
-def parse_pipeline_args(texts: Sequence[str]) -> dict[str, Any]:
-    """The arguments in texts of the form NAME=JSON.
-
-    Raises:
-        UserError: a text is not of that form.
-    """
-    arguments = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        try:
-            if not equals:
-                raise ValueError
-            arguments[name] = json.loads(value)
-        except ValueError:
-            raise UserError(
-                f"--pipeline-arg {text} is not NAME=JSON; write max_sequence_length=16, or 'negative_prompt=\"blurry\"'"
-            ) from None
-    return arguments
 
 
 def make_manifest(
@@ -376,9 +327,3 @@ def trajectories_of(seen: Watch, manifest: Manifest, items: range, prompts: Sequ
         )
         for row, index in enumerate(items)
     ]
-
-
-def progress_bar() -> Progress:
-    """A progress bar on stderr."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True))

@@ -274,8 +274,9 @@ class StudentConfig:
     """The K + 1 noise levels."""
     timesteps: list[float]
     """What the denoiser is told at the first K of them."""
-    guidance_scale: float = 1.0
-    """1: off, the teacher's guidance is distilled in."""
+    guidance_scale: float | None
+    """1 (off) where the teacher's guidance took a second call: it is distilled in. Where guidance is an input of the
+    denoiser (HunyuanVideo), or was off, the teacher's own."""
     teacher_guidance_scale: float | None
     """None: the pipeline's own default."""
     teacher_num_steps: int
@@ -316,6 +317,7 @@ def student_config(
         num_steps=manifest.num_student_steps,
         sigmas=manifest.key_sigmas.tolist(),
         timesteps=timesteps,
+        guidance_scale=manifest.guidance_scale if manifest.denoiser_calls == manifest.num_steps else 1.0,
         teacher_guidance_scale=manifest.guidance_scale,
         teacher_num_steps=manifest.num_steps,
         height=manifest.height,

@@ -159,7 +159,7 @@ def diversity_distance(verdicts: Verdicts) -> float:
     num_draws = 32  # half of them for means and deviations, half to compare with
     generator = torch.Generator().manual_seed(0)
     repeated = requests[torch.arange(len(rows)).repeat_interleave(num_draws)]
-    uniforms = torch.rand(len(rows) * num_draws, world._NUM_CANDIDATES, world._NUM_UNIFORMS, generator=generator)
+    uniforms = torch.rand(len(rows) * num_draws, world.NUM_CANDIDATES, world.NUM_UNIFORMS, generator=generator)
     fresh = _free_numbers(world.place(repeated, uniforms))
     distances = []
     for name, (value, means_something) in _free_numbers(Scenes(requests, found.objects, found.phase)).items():

@@ -69,11 +69,13 @@ PARAMETERS = ("x", "y", "radius", "angle", "amount", "phase")
 """Free numbers of an object: center (at half time) in pixels, radius in pixels (at half time), angle in radians, how
 much of its motion it does (pixels traveled, fraction grown, radians turned, height of a hop in pixels), and the phase
 of its hops as a fraction of one."""
-
 _SPINS = MOTIONS.index("spins")
 _ROUND = (SHAPES.index("circle"), SHAPES.index("ring"))
-_NUM_CANDIDATES = 8
-_NUM_UNIFORMS = 2 * len(PARAMETERS) + 2
+NUM_CANDIDATES = 8
+"""Placements drawn for a clip, of which `place` takes one."""
+NUM_UNIFORMS = 2 * len(PARAMETERS) + 2
+"""Random numbers of a placement: the parameters of two objects and the shift of the pattern."""
+
 _REACH = 1.12
 """Farthest point of any shape from its center, in radii."""
 
@@ -246,7 +248,7 @@ def place(requests: Requests, uniforms: Float[Tensor, "batch candidates 14"]) ->
 def random_scenes(num: int, generator: torch.Generator, split: Literal["train", "held_out"] | None = "train") -> Scenes:
     """Clips of random captions of one split, for training; on the generator's device."""
     requests = random_requests(num, generator, split)
-    uniforms = torch.rand(num, _NUM_CANDIDATES, _NUM_UNIFORMS, generator=generator, device=generator.device)
+    uniforms = torch.rand(num, NUM_CANDIDATES, NUM_UNIFORMS, generator=generator, device=generator.device)
     return place(requests, uniforms)
 
 
@@ -256,7 +258,7 @@ def scenes_of(captions: Sequence[str], seed: int) -> Scenes:
     for i, caption in enumerate(captions):
         digest = hashlib.sha256(f"{caption}/{seed}/{i}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        uniforms.append(torch.rand(_NUM_CANDIDATES, _NUM_UNIFORMS, generator=generator))
+        uniforms.append(torch.rand(NUM_CANDIDATES, NUM_UNIFORMS, generator=generator))
     return place(parse_captions(captions), torch.stack(uniforms))
 
 
