@@ -1,13 +1,13 @@
 """The whole loop on the embedded playground: record, distill, evaluate, and a page to look at."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from accvideo.distill import DistillConfig, distill
+from accvideo.distill import distill, playground
 from accvideo.evaluate import EvaluateConfig, evaluate
 from accvideo.generate import PLAYGROUND_STUDENT
 from accvideo.playground.prompts import PromptsConfig, prompts
@@ -22,8 +22,8 @@ class DemoConfig:
     """Folder of the run; an interrupted demo in it goes on."""
     num_trajectories: int = 128
     """Trajectories to record, 50 guided steps each."""
-    num_iterations: int = 150
-    """Updates of the student."""
+    num_iterations: int = 200
+    """Updates of the student; the adversarial half takes part in the last three tenths."""
     num_prompts: int = 96
     """Held-out prompts that teacher and student are compared on."""
     seed: int = 0
@@ -58,7 +58,16 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     finished("record")
 
     say("2/3  Distill a student of 5 steps, 5 denoiser calls")
-    distill(DistillConfig(data=data, out=student, num_iterations=config.num_iterations, seed=config.seed))
+    recipe = playground(data, student)
+    share = config.num_iterations / recipe.num_iterations
+    distill(
+        replace(
+            recipe,
+            num_iterations=config.num_iterations,
+            adversarial_start=round(share * recipe.adversarial_start),
+            seed=config.seed,
+        )
+    )
     finished("distill")
 
     say(f"3/3  Compare them on {config.num_prompts} prompts that neither has seen")

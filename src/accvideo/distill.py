@@ -48,7 +48,10 @@ PLACES = {"data", "out", "device", "save_every"}  # settings that change nothing
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """Distills a student from recorded trajectories. `--preset paper` starts from the settings of the paper."""
+    """Distills a student from recorded trajectories.
+
+    `--preset paper` starts from the settings of the paper, `--preset playground` from what suits the embedded teacher.
+    """
 
     data: Positional[Path]
     """Folder of trajectories that `accvideo record` made."""
@@ -139,7 +142,20 @@ def paper(data: Path, out: Path) -> DistillConfig:
     )
 
 
-PRESETS: dict[str, Callable[..., DistillConfig]] = {"default": DistillConfig, "paper": paper}
+def playground(data: Path, out: Path) -> DistillConfig:
+    """What did best on the playground's teacher with one or two hundred recorded trajectories and a few minutes."""
+    return DistillConfig(
+        data=data,
+        out=out,
+        num_iterations=200,
+        full=True,
+        learning_rate=3e-4,
+        schedule="cosine",
+        adversarial_start=140,
+    )
+
+
+PRESETS: dict[str, Callable[..., DistillConfig]] = {"default": DistillConfig, "paper": paper, "playground": playground}
 """Configurations by the name that `--preset` knows; called with `data` and `out`."""
 
 
