@@ -67,6 +67,9 @@ def run(arguments: list[str]) -> int:
         return 1
     except SystemExit as stop:  # tyro: help was asked for, or the command line is wrong
         return stop.code if isinstance(stop.code, int) else 2
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("accvideo: interrupted; the same command goes on where this one stopped", file=sys.stderr)
         return 130

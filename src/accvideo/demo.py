@@ -22,8 +22,8 @@ class DemoConfig:
     """Folder of the run; an interrupted demo in it goes on."""
     num_trajectories: int = 128
     """Trajectories to record, 50 guided steps each."""
-    num_iterations: int = 200
-    """Updates of the student; the adversarial half takes part in the last three tenths."""
+    num_iterations: int = 100
+    """Updates of the student; the adversarial half takes part in the last two fifths."""
     num_prompts: int = 96
     """Held-out prompts that teacher and student are compared on."""
     seed: int = 0

@@ -147,11 +147,11 @@ def playground(data: Path, out: Path) -> DistillConfig:
     return DistillConfig(
         data=data,
         out=out,
-        num_iterations=200,
+        num_iterations=100,
         full=True,
-        learning_rate=3e-4,
+        learning_rate=2e-4,
         schedule="cosine",
-        adversarial_start=140,
+        adversarial_start=60,
     )
 
 
