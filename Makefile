@@ -8,7 +8,7 @@ demo: .venv/installed
 	$(BIN)/accvideo demo --out runs/demo
 
 test: .venv/installed
-	$(BIN)/pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not slow"
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

@@ -45,8 +45,22 @@ CALL_DEFAULTS = {
     "fps": world.FPS,
     "guidance_scale": 3.0,
     "pipeline_args": {"max_sequence_length": MAX_TOKENS},
-    "license": "apache-2.0",
 }
+
+MODEL_CARD = """---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-video
+tags:
+- accvideo
+---
+
+# The playground's teacher
+
+A tiny text-to-video pipeline (`WanPipeline`) of captioned clips of moving shapes: 64x64 pixels, 17 frames, 8 frames a
+second, guidance scale 3. It is a place to try distillation in, not a model of the real world. Prompts look like
+"a red star moves left and a blue ring bounces on a striped gray background". Made by `accvideo playground train`.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -387,6 +401,10 @@ def save_teacher(
         transformer=denoiser.cpu(),
     )
     pipeline.to(torch.float16).save_pretrained(folder)
+    # transformers loads a model in the type it was saved in; the others load in float32.
+    text_config = folder / "text_encoder" / "config.json"
+    text_config.write_text(text_config.read_text().replace('"float16"', '"float32"'))
+    (folder / "README.md").write_text(MODEL_CARD)
     (folder / "accvideo.json").write_text(json.dumps(CALL_DEFAULTS, indent=2) + "\n")
 
 
