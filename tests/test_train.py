@@ -129,3 +129,11 @@ def test_muon_orthogonalizes_kernels_and_moves_vectors_by_adam():
     singular = torch.linalg.svdvals(kernel.detach().flatten(1)) / 0.1
     assert 0.6 < singular.min() and singular.max() < 1.3
     torch.testing.assert_close(bias.detach(), -0.01 * bias.grad.sign(), rtol=1e-4, atol=0)
+
+
+def test_running_means_take_no_part_in_the_graph():
+    """Else each update would keep the graphs of all updates before it alive."""
+    weight, mean = nn.Parameter(torch.ones(3)), torch.zeros(3)
+    train._move_averages([mean], [weight], 0.75)
+    torch.testing.assert_close(mean, torch.full((3,), 0.25))
+    assert not mean.requires_grad and mean.grad_fn is None

@@ -9,7 +9,7 @@ depends on the seed and i alone: a killed training goes on from its last checkpo
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -282,7 +282,7 @@ def train_denoiser(
         sigma = config.train_shift * uniform / (1 + (config.train_shift - 1) * uniform)
         tokens = torch.where(dropped, pool.empty_caption, tokens)
         metrics = run_update[iteration % 8 == 7](latents, noise, sigma, tokens)
-        torch._foreach_lerp_(averaged, weights, 1 - min(config.ema_decay, (1 + iteration) / (10 + iteration)))
+        _move_averages(averaged, weights, min(config.ema_decay, (1 + iteration) / (10 + iteration)))
         return metrics
 
     _loop("denoiser", config.denoiser_iterations, config.save_every, checkpoint, iterate)
@@ -300,7 +300,7 @@ def train_decoder(config: TrainConfig, vae: AutoencoderKLWan, device: torch.devi
     averages = {"decoder": {k: p.detach().clone() for k, p in decoder.named_parameters()}}
     optimizer = Muon(list(decoder.parameters()), config.decoder_learning_rate)
     checkpoint = _Checkpoint(config.out / "decoder", {"decoder": decoder}, optimizer, averages)
-    weights: list[Tensor] = list(decoder.parameters())
+    weights = list(decoder.parameters())
     averaged = list(averages["decoder"].values())
     std = torch.tensor(vae.config.latents_std, device=device).view(1, -1, 1, 1, 1)  # type: ignore[attr-defined]
 
@@ -319,7 +319,7 @@ def train_decoder(config: TrainConfig, vae: AutoencoderKLWan, device: torch.devi
         optimizer.zero_grad()
         (error.abs().mean() + 4 * mse).backward()
         optimizer.step()
-        torch._foreach_lerp_(averaged, weights, 1 - min(0.997, (1 + iteration) / (10 + iteration)))
+        _move_averages(averaged, weights, min(0.997, (1 + iteration) / (10 + iteration)))
         return {"psnr_db": 10 * torch.log10(4 / mse.detach())}
 
     _loop("decoder", config.decoder_iterations, config.save_every, checkpoint, iterate)
@@ -584,6 +584,15 @@ def minimize(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
     loss.backward()
     torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
     optimizer.step()
+
+
+@torch.no_grad()
+def _move_averages(averages: list[Tensor], weights: Sequence[Tensor], decay: float) -> None:
+    """Move running means towards the weights.
+
+    With gradients on, the means would join the weights' graph and keep it alive, and no CUDA graph could be captured.
+    """
+    torch._foreach_lerp_(averages, list(weights), 1 - decay)
 
 
 def _adamw(weights: list[nn.Parameter], weight_decay: float) -> torch.optim.AdamW:
