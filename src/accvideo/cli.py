@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -117,6 +118,8 @@ def take_option(arguments: list[str], option: str, default: str) -> tuple[str, l
 def quiet_libraries() -> None:
     """Silence what diffusers and transformers print while they load models; accvideo shows its own progress."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # torch says so of every mixed-precision norm; it only means that it is not the fused one.
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     import diffusers
     import transformers
 
