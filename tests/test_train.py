@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,8 +42,16 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path, monkeypat
             raise KeyboardInterrupt
         return schedule(iteration, num_iterations)
 
+    step, steps = train.Muon.step, iter(range(100))
+
+    def dies_too(optimizer: train.Muon) -> None:
+        if next(steps) == 2:
+            raise KeyboardInterrupt
+        step(optimizer)
+
     monkeypatch.setattr(train, "_schedule", dies)
-    for _ in range(2):
+    monkeypatch.setattr(train.Muon, "step", dies_too)
+    for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
             train.train(tiny_config(killed))
     train.train(tiny_config(killed))
@@ -84,6 +93,13 @@ def test_the_tokenizer_knows_every_word_and_copes_with_others():
         tokenizer.unk_token_id,
         *tokenizer("star").input_ids,
     ]
+
+
+def test_a_folder_of_other_settings_is_refused(tmp_path: Path):
+    train.claim_folder(tiny_config(tmp_path / "out"))
+    train.claim_folder(replace(tiny_config(tmp_path / "out"), save_every=7))
+    with pytest.raises(UserError, match="seed 0, now 1"):
+        train.claim_folder(replace(tiny_config(tmp_path / "out"), seed=1))
 
 
 def test_a_pool_that_cannot_start_is_refused(tmp_path: Path):

@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from accvideo.command import choose_device, progress_bar, read_prompts
-from accvideo.generate import PLAYGROUND_STUDENT, ClipBatch, Dtype, Model, Seconds, digest, load_model, sample_clips
+from accvideo.generate import ClipBatch, Dtype, Model, Seconds, digest, load_model, sample_clips, student_folder
 from accvideo.metrics import (
     Estimate,
     bootstrap_interval,
@@ -135,8 +135,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises:
         UserError: Whatever the user can mend.
     """
-    student_folder = PLAYGROUND_STUDENT if config.student == "playground-student" else Path(config.student)
-    student = read_student_config(student_folder)
+    folder = student_folder(config.student)
+    student = read_student_config(folder)
     teacher = config.teacher or student.teacher
     is_judged = teacher_path(teacher) == PLAYGROUND_TEACHER
     task = Task(
@@ -174,7 +174,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     }
     write_whole(config.out / "report.json", json.dumps(report, indent=2).encode() + b"\n")
     shown, failures = choose_clips(task, data)
-    write_report(config.out, report, shown, failures, training_log(student_folder), student.fps)
+    write_report(config.out, report, shown, failures, training_log(folder), student.fps)
     return report
 
 

@@ -148,13 +148,28 @@ class ClipBatch:
     """Noise levels that the scheduler went through."""
 
 
+def student_folder(name: str) -> Path:
+    """The folder of a student; `playground-student` is the one that ships with the package.
+
+    Raises:
+        UserError: none ships with this version.
+    """
+    if name != "playground-student":
+        return Path(name)
+    if not (PLAYGROUND_STUDENT / "student.json").exists():
+        raise UserError(
+            "no student ships with this version of accvideo; `accvideo demo` makes one in runs/demo/student"
+        )
+    return PLAYGROUND_STUDENT
+
+
 def load_model(name: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Model:
     """The model called `name`: see `GenerateConfig.model`.
 
     Raises:
         UserError: There is no such model.
     """
-    path = PLAYGROUND_STUDENT if name == "playground-student" else teacher_path(name)
+    path = student_folder(name) if name == "playground-student" else teacher_path(name)
     if path is not None and (path / "student.json").is_file():
         pipeline, config = load_student(path, dtype, device)
         sizes = {name: getattr(config, name) for name in ("height", "width", "num_frames")}

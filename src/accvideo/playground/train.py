@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from accvideo.playground import world
+from accvideo.trajectory import write_whole
 from accvideo.types import UserError
 
 LATENT_CHANNELS = 48
@@ -194,13 +195,32 @@ def train(config: TrainConfig) -> dict[str, Any]:
     device = torch.device(gpu if config.device == "auto" else config.device)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    config.out.mkdir(parents=True, exist_ok=True)
+    claim_folder(config)
     vae = train_vae(config, device)
     tokenizer, text_encoder, denoiser = train_denoiser(config, vae, device)
     train_decoder(config, vae, device)
     save_teacher(config.out / "teacher", vae, tokenizer, text_encoder, denoiser)
-    (config.out / "train.json").write_text(json.dumps(asdict(config), default=str, indent=2) + "\n")
     return {"teacher": str(config.out / "teacher"), "seconds": time.perf_counter() - start}
+
+
+def claim_folder(config: TrainConfig) -> None:
+    """Make `config.out` the folder of these settings, or see that it is: checkpoints of others would be mixed in.
+
+    Raises:
+        UserError: it holds a training of other settings.
+    """
+    own = {name: value for name, value in asdict(config).items() if name not in ("out", "device", "save_every")}
+    path = config.out / "train.json"
+    if path.exists():
+        theirs = json.loads(path.read_text("utf-8"))
+        if changes := [f"{name} {theirs.get(name)}, now {own[name]}" for name in own if own[name] != theirs.get(name)]:
+            raise UserError(
+                f"{config.out} holds a training of other settings ({', '.join(changes)})\n"
+                "Give the same settings to go on with it, or another --out"
+            )
+        return
+    config.out.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(own, indent=2).encode() + b"\n")
 
 
 def train_vae(config: TrainConfig, device: torch.device) -> AutoencoderKLWan:
