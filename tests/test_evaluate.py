@@ -24,8 +24,9 @@ from accvideo.evaluate import (
     row_metrics,
     write_batch,
 )
-from accvideo.generate import ClipBatch, Seconds, load_model, sample_clips, with_arguments
+from accvideo.generate import ClipBatch, Seconds, sample_clips
 from accvideo.metrics import latent_mse
+from accvideo.model import load_model, with_arguments
 from accvideo.playground.judge import diversity_distance, judge
 from accvideo.playground.world import draw, sample_prompts, scenes_of, to_uint8
 from accvideo.record import RecordConfig, record

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from accvideo.distill import DistillConfig, distill
-from accvideo.generate import GenerateConfig, Model, generate, load_model, sample_clips
+from accvideo.generate import GenerateConfig, generate, sample_clips
+from accvideo.model import Model, load_model
 from accvideo.teacher import item_generator
 from accvideo.types import UserError
 from tests.recorded import record_tiny

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from accvideo.distill import distill, playground
 from accvideo.evaluate import EvaluateConfig, evaluate
-from accvideo.generate import PLAYGROUND_STUDENT
+from accvideo.model import PLAYGROUND_STUDENT
 from accvideo.playground.prompts import PromptsConfig, prompts
 from accvideo.record import RecordConfig, record
 

@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from accvideo.command import choose_device, progress_bar, read_prompts
-from accvideo.generate import ClipBatch, Dtype, Model, Seconds, digest, load_model, sample_clips, student_folder
+from accvideo.generate import ClipBatch, Seconds, sample_clips
 from accvideo.metrics import (
     Estimate,
     bootstrap_interval,
@@ -34,6 +34,7 @@ from accvideo.metrics import (
     psnr,
     wilson_interval,
 )
+from accvideo.model import Dtype, Model, digest, load_model, student_folder
 from accvideo.playground.judge import Verdicts, diversity_distance, judge
 from accvideo.playground.world import Requests, Scenes, sample_prompts
 from accvideo.report import ShownClip, write_report

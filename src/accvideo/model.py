@@ -1,0 +1,141 @@
+"""Teachers and students, found by name and ready to run."""
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import DiffusionPipeline
+
+from accvideo.command import DEFAULT_FPS, call_parameters
+from accvideo.student import StudentConfig, load_student
+from accvideo.teacher import denoisers, fingerprint, load_pipeline, pipeline_defaults, teacher_path
+from accvideo.types import UserError
+
+PLAYGROUND_STUDENT = Path(__file__).parent / "playground" / "student"
+"""Folder of the student that ships with the package."""
+
+NUM_TEACHER_STEPS = 50
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A teacher or a student, ready to run."""
+
+    name: str
+    pipeline: DiffusionPipeline
+    identity: str
+    """Hash of what it computes: other weights or another recipe, another identity."""
+    num_steps: int
+    guidance_scale: float | None
+    """None: the pipeline's own."""
+    fps: int | float
+    arguments: dict[str, Any]
+    """Further arguments of the pipeline's call: sizes and whatever was recorded."""
+    student: StudentConfig | None = None
+    """None: a teacher."""
+
+
+def student_folder(name: str) -> Path:
+    """The folder of a student; `playground-student` is the one that ships with the package.
+
+    Raises:
+        UserError: none ships with this version.
+    """
+    if name != "playground-student":
+        return Path(name)
+    if not (PLAYGROUND_STUDENT / "student.json").exists():
+        raise UserError(
+            "no student ships with this version of accvideo; `accvideo demo` makes one in runs/demo/student"
+        )
+    return PLAYGROUND_STUDENT
+
+
+def load_model(name: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Model:
+    """The model called `name`: see `GenerateConfig.model`.
+
+    Raises:
+        UserError: There is no such model.
+    """
+    path = student_folder(name) if name == "playground-student" else teacher_path(name)
+    if path is not None and (path / "student.json").is_file():
+        pipeline, config = load_student(path, dtype, device)
+        sizes = {name: getattr(config, name) for name in ("height", "width", "num_frames")}
+        return Model(
+            name=name,
+            pipeline=pipeline,
+            identity=student_identity(path),
+            num_steps=config.num_steps,
+            guidance_scale=config.guidance_scale,
+            fps=config.fps,
+            arguments={**config.pipeline_args, **{name: size for name, size in sizes.items() if size is not None}},
+            student=config,
+        )
+    if path is not None and not (path / "model_index.json").is_file():
+        raise UserError(
+            f"{name} is no model: it holds neither student.json nor model_index.json\n"
+            "Give playground, playground-student, a folder of a student or a teacher, or a hub id"
+        )
+    pipeline, defaults = load_pipeline(name, dtype, device), pipeline_defaults(name)
+    sizes = {name: defaults[name] for name in ("height", "width", "num_frames") if name in defaults}
+    return Model(
+        name=name,
+        pipeline=pipeline,
+        identity=digest(*(fingerprint(denoiser).encode() for denoiser in denoisers(pipeline).values())),
+        num_steps=NUM_TEACHER_STEPS,
+        guidance_scale=defaults.get("guidance_scale"),
+        fps=defaults.get("fps", DEFAULT_FPS),
+        arguments={**defaults.get("pipeline_args", {}), **sizes},
+    )
+
+
+def digest(*parts: bytes) -> str:
+    """A hash of several byte strings."""
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()
+
+
+def student_identity(folder: Path) -> str:
+    """A hash of a student's configuration and of both ends of its weight files."""
+    weights = [*folder.glob("*.safetensors"), *folder.glob("transformer*/*.safetensors")]
+    ends = []
+    for path in sorted(weights):
+        with path.open("rb") as file:
+            head = file.read(1 << 20)
+            file.seek(max(0, path.stat().st_size - (1 << 20)))
+            ends += [head, file.read()]
+    return digest((folder / "student.json").read_bytes(), *ends)
+
+
+def with_arguments(model: Model, arguments: dict[str, Any]) -> Model:
+    """The model with further arguments of its pipeline's call.
+
+    Raises:
+        UserError: The pipeline does not take one of them.
+    """
+    accepted = call_parameters(model.pipeline)
+    if unknown := [name for name in arguments if name not in accepted]:
+        raise UserError(f"{type(model.pipeline).__name__} takes no {unknown[0]}; it takes {', '.join(accepted)}")
+    return replace(model, arguments={**model.arguments, **arguments})
+
+
+def check_student(model: Model, num_steps: int | None, guidance_scale: float | None) -> None:
+    """Refuse to run a student otherwise than it was distilled to run.
+
+    Raises:
+        UserError: It is a student, and steps or guidance are not its own.
+    """
+    if model.student is None:
+        return
+    if num_steps not in (None, model.num_steps):
+        raise UserError(
+            f"{model.name} is a student of {model.num_steps} steps and cannot take {num_steps}: it knows no other "
+            f"noise levels\nLeave --num-steps out, or record and distill with --num-student-steps {num_steps}"
+        )
+    if guidance_scale not in (None, model.guidance_scale):
+        raise UserError(
+            f"{model.name} is a student: the teacher's guidance {model.student.teacher_guidance_scale} is distilled "
+            "into it\nLeave --guidance-scale out, or record and distill with another"
+        )
