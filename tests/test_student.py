@@ -178,7 +178,7 @@ def test_a_student_of_two_experts_has_both(tmp_path: Path, rank: int | None):
     [
         ("dpm", "DPMSolverMultistepScheduler"),
         ("unipc", "UniPCMultistepScheduler"),
-        ("euler", "KeyPointScheduler"),  # its own K-step grid is another: it shifts twice
+        ("euler", "FlowMatchEulerDiscreteScheduler"),  # its own K-step grid is another, until its shift is changed
     ],
 )
 def test_the_schedule_travels_with_the_student(tmp_path: Path, scheduler: str, expected: str):
@@ -195,7 +195,7 @@ def test_the_schedule_travels_with_the_student(tmp_path: Path, scheduler: str, e
         lambda module, args, kwargs: told.append(float(kwargs["timestep"][0])), with_kwargs=True
     )
     assert torch.allclose(generate(pipeline, batch), walk(student, batch, folder.manifest.key_sigmas), atol=1e-4)
-    assert told == [float(call.tensors["timestep"][0]) for call in batch.calls]
+    assert told == pytest.approx([float(call.tensors["timestep"][0]) for call in batch.calls], abs=1e-4)
 
 
 def test_the_teachers_weights_as_student_with_all_steps_reproduce_its_trajectory(tmp_path: Path):

@@ -13,7 +13,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import ConfigMixin, DiffusionPipeline, SchedulerMixin
+from diffusers import ConfigMixin, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
@@ -215,19 +215,53 @@ def scheduler_timestep(call: DenoiserCall, sigma: float) -> float:
 def student_scheduler(manifest: Manifest, timesteps: list[float]) -> SchedulerMixin:
     """The scheduler that takes the student through its key points.
 
-    It is the teacher's own class where that, asked for K steps, visits the recorded levels and timesteps by Euler
-    steps, so that plain diffusers runs the student too. Otherwise it is a `KeyPointScheduler`.
+    It is the teacher's own class where that can be made to visit, asked for K steps, the recorded levels and timesteps
+    by Euler steps, so that plain diffusers runs the student too. Otherwise it is a `KeyPointScheduler`.
     """
     sigmas = [float(sigma) for sigma in manifest.key_sigmas]
+    scheduler_class = getattr(diffusers, manifest.scheduler["class"])
     if manifest.nested_schedule:
-        scheduler_class = getattr(diffusers, manifest.scheduler["class"])
         takes = inspect.signature(scheduler_class.__init__).parameters
         first_order = {"solver_order": 1, "disable_corrector": list(range(len(timesteps)))}
         changes = {name: value for name, value in first_order.items() if name in takes}
-        scheduler = scheduler_class.from_config(dict(manifest.scheduler["config"]) | changes)
-        if walks(scheduler, sigmas, timesteps):
-            return scheduler_class.from_config(scheduler.config)
+    elif scheduler_class is FlowMatchEulerDiscreteScheduler and has_own_grid(manifest):
+        changes = nested_euler(manifest)
+    else:
+        return KeyPointScheduler(sigmas, timesteps)
+    scheduler = scheduler_class.from_config(dict(manifest.scheduler["config"]) | changes)
+    if walks(scheduler, sigmas, timesteps):
+        return scheduler_class.from_config(scheduler.config)
     return KeyPointScheduler(sigmas, timesteps)
+
+
+def has_own_grid(manifest: Manifest) -> bool:
+    """Whether the teacher's pipeline left the noise levels to its scheduler, asking for a number of steps only."""
+    settings = manifest.scheduler["config"]
+    if settings["use_dynamic_shifting"] or settings["shift_terminal"]:
+        return False
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(settings)
+    scheduler.set_timesteps(manifest.num_steps)
+    return np.allclose(scheduler.sigmas, manifest.sigmas, atol=1e-6)
+
+
+def nested_euler(manifest: Manifest) -> dict[str, float]:
+    """The settings by which `FlowMatchEulerDiscreteScheduler`, asked for K steps, visits every (S / K)-th of S levels.
+
+    It spaces the levels evenly between ends that are shifted already, then shifts them: those of an S-step grid are
+    `1 - i p / (1 - i q)` with `q = (shift - 1) / shift * spacing`. Another shift, with the wider spacing of K levels,
+    has the same q between key points; `shift_terminal` stretches all distances from 1, and so makes p the same.
+    """
+    num_steps, num_student_steps = manifest.num_steps, manifest.num_student_steps
+    shift, last = manifest.scheduler["config"]["shift"], manifest.scheduler["config"]["num_train_timesteps"] - 1
+
+    def spacing(shift: float, num_levels: int) -> float:
+        return last / ((last + shift) * (num_levels - 1))
+
+    q = (shift - 1) / shift * spacing(shift, num_steps) * (num_steps // num_student_steps)
+    nested_shift = 1.0
+    for _ in range(50):  # a contraction: the spacing hardly depends on the shift
+        nested_shift = 1 / (1 - q / spacing(nested_shift, num_student_steps))
+    return {"shift": nested_shift, "shift_terminal": float(manifest.key_sigmas[-2])}
 
 
 def walks(scheduler: Any, sigmas: list[float], timesteps: list[float]) -> bool:
