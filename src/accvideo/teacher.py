@@ -4,7 +4,7 @@ import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,11 +93,17 @@ def fingerprint(denoiser: nn.Module) -> str:
     Of each weight, 64 values are read.
     """
     model: Any = denoiser
-    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
-    digest = hashlib.sha256(json.dumps([type(denoiser).__name__, config], sort_keys=True, default=str).encode())
     weights = {name.replace(".base_layer", ""): w for name, w in denoiser.named_parameters() if "lora_" not in name}
-    for name, weight in sorted(weights.items()):
-        values = weight.detach().flatten()[:: max(1, weight.numel() // 64)][:64]
+    return weights_fingerprint(type(denoiser).__name__, model.config, {n: lambda w=w: w for n, w in weights.items()})
+
+
+def weights_fingerprint(class_name: str, config: Mapping[str, Any], weights: Mapping[str, Callable[[], Tensor]]) -> str:
+    """`fingerprint` of a denoiser that is not loaded, from its parameters, which are read one by one."""
+    config = {name: value for name, value in config.items() if not name.startswith("_")}
+    digest = hashlib.sha256(json.dumps([class_name, config], sort_keys=True, default=str).encode())
+    for name in sorted(weights):
+        weight = weights[name]().detach()
+        values = weight.flatten()[:: max(1, weight.numel() // 64)][:64]
         digest.update(f"{name}{tuple(weight.shape)}".encode())
         digest.update(values.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
