@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 import accvideo.record as stage
 from accvideo.call import replay
+from accvideo.command import Prompt, read_prompts
 from accvideo.flow import euler_step
-from accvideo.record import RecordConfig, read_prompts, record
+from accvideo.record import RecordConfig, record
 from accvideo.teacher import denoisers, item_generator, load_pipeline, watch
 from accvideo.trajectory import TrajectoryFolder, read_trajectory, trajectory_name, verify, write_trajectory
 from accvideo.types import UserError
@@ -144,7 +146,7 @@ def test_image_conditions_are_stored(tmp_path):
     with watch(pipeline) as seen:
         pipeline(prompt=["red"], num_inference_steps=2, guidance_scale=1.0, output_type="latent", **arguments)
     manifest = replace(make_manifest(1), num_steps=2, keypoints=[0, 1, 2], sigmas=seen.sigmas)
-    (trajectory,) = stage.trajectories_of(seen, manifest, range(1), ["red"])
+    (trajectory,) = stage.trajectories_of(seen, manifest, range(1), [Prompt("red")])
     read = read_trajectory(write_trajectory(tmp_path, trajectory))
     for k, step in enumerate(seen.steps):
         assert torch.equal(replay(pipeline.transformer, read.calls[k], read.states[k : k + 1]), step.velocity)
@@ -265,8 +267,7 @@ def test_mistakes_cost_no_denoiser_call(config, teachers, change, message, monke
 def test_a_refused_pipeline_leaves_no_data_set(config, monkeypatch):
     """The rule is checked on the first step; mended, the same command works."""
     pipeline: Any = load_pipeline(config.teacher)
-    scheduler = pipeline.scheduler
-    pipeline.scheduler = type(scheduler).from_config(scheduler.config, prediction_type="epsilon", use_flow_sigmas=False)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
     with monkeypatch.context() as patch:
         patch.setattr(stage, "load_pipeline", lambda *_: pipeline)
         with pytest.raises(UserError, match="is not next = state"):

@@ -41,6 +41,8 @@ def make_trajectory(index: int, prompt: str = "a red square") -> Trajectory:
             {"return_dict": False, "rope": [0.1, 8], "attention_kwargs": None},
             condition,
             torch.bfloat16,
+            (0, 1, 0, 0),
+            {"positions.0": torch.arange(3), "padding": torch.full((1, 2), float(k))},
         )
         for k in range(NUM_STUDENT_STEPS)
     )
@@ -89,6 +91,8 @@ def assert_equal(one: Trajectory, other: Trajectory) -> None:
     assert torch.equal(one.states, other.states)
     for a, b in zip(one.calls, other.calls, strict=True):
         assert a.constants == b.constants and a.dtype == b.dtype and a.tensors.keys() == b.tensors.keys()
+        assert a.starts == b.starts and a.shared.keys() == b.shared.keys()
+        assert all(torch.equal(tensor, b.shared[name]) for name, tensor in a.shared.items())
         assert a.condition is not None and b.condition is not None and torch.equal(a.condition, b.condition)
         for name, tensor in a.tensors.items():
             assert tensor.dtype == b.tensors[name].dtype and torch.equal(tensor, b.tensors[name])
@@ -111,7 +115,8 @@ def test_what_the_key_points_share_is_stored_once(tmp_path):
     path = write_trajectory(tmp_path, make_trajectory(0))
     header = json.loads(path.read_bytes()[8 : 8 + int.from_bytes(path.read_bytes()[:8], "little")])
     assert {*header} == {
-        *("__metadata__", "states", "step.timestep", "call.encoder_hidden_states", "call.mask", "call.hidden_states")
+        *("__metadata__", "states", "step.timestep", "call.encoder_hidden_states", "call.mask", "call.hidden_states"),
+        *("shared.positions.0", "shared_step.padding"),
     }
     calls = read_trajectory(path).calls
     assert calls[0].tensors["encoder_hidden_states"] is calls[1].tensors["encoder_hidden_states"]

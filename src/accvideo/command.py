@@ -1,8 +1,11 @@
 """What the commands have in common: reading prompts and call arguments, choosing a device, showing progress."""
 
+import csv
 import inspect
+import io
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +20,89 @@ DEFAULT_FPS = 16
 """Frames a second of a pipeline that does not say."""
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a text file, one a line; empty lines are skipped.
+@dataclass(frozen=True)
+class Prompt:
+    """One line of a file of prompts."""
+
+    text: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """What else the pipeline's call takes for this prompt, as JSON; images and videos by the names of their files."""
+    folder: Path = Path()
+    """What the names of files are relative to."""
+
+
+def read_prompt_file(path: Path) -> list[Prompt]:
+    """The prompts of a file, with further arguments of the pipeline's call for each.
+
+    A file ending in .csv has a first line that names its columns, one ending in .jsonl has an object a line; `prompt`
+    is one of the names, any other is an argument of the call. The names of images and videos are relative to the
+    file's folder. Any other file is plain text, one prompt a line.
 
     Raises:
-        UserError: there are none.
+        UserError: there are no prompts, or the file is not of that form.
     """
+    form = "give a text file, one prompt a line, or a .csv or .jsonl with a column `prompt`"
     try:
-        prompts = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+        text = path.read_text("utf-8-sig")
     except (OSError, UnicodeError) as error:
-        raise UserError(f"cannot read the prompts {path}: {error}; give a text file, one prompt a line") from error
-    if not prompts:
-        raise UserError(f"{path} holds no prompts; give a text file, one prompt a line")
-    return prompts
+        raise UserError(f"cannot read the prompts {path}: {error}; {form}") from error
+    if path.suffix.lower() == ".csv":
+        table = [{name: _cell(name, cell) for name, cell in row.items()} for row in csv.DictReader(io.StringIO(text))]
+        rows = [(f"row {number}", row) for number, row in enumerate(table, 1)]
+    elif path.suffix.lower() == ".jsonl":
+        rows = [(f"line {number}", _json_row(path, number, line)) for number, line in enumerate(text.splitlines(), 1)
+                if line.strip()]  # fmt: skip
+    else:
+        rows = [("", {"prompt": line.strip()}) for line in text.splitlines() if line.strip()]
+    if not rows:
+        raise UserError(f"{path} holds no prompts; {form}")
+    return [_prompt(path, place, row) for place, row in rows]
+
+
+def _cell(name: str | None, text: Any) -> Any:
+    """A number, true or list where the text of a cell is one; prompts stay text."""
+    if name is None or "prompt" in name:
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, TypeError):
+        return text
+
+
+def _json_row(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        if isinstance(row := json.loads(line), dict):
+            return row
+    except ValueError:
+        pass
+    raise UserError(f'{path}, line {number}: not a JSON object; write {{"prompt": "a red square", "image": "a.png"}}')
+
+
+def _prompt(path: Path, place: str, row: dict[Any, Any]) -> Prompt:
+    """The prompt of a row; an empty cell is an argument not given.
+
+    Raises:
+        UserError: the row has no prompt, or more cells than there are columns.
+    """
+    if not isinstance(text := row.get("prompt"), str) or not text.strip():
+        raise UserError(f"{path}, {place}: no `prompt`; the columns here are {', '.join(map(str, row))}")
+    if None in row:
+        raise UserError(f'{path}, {place}: more cells than columns; write a cell with a comma in it in "quotes"')
+    arguments = {name: value for name, value in row.items() if name != "prompt" and value not in (None, "")}
+    return Prompt(text.strip(), arguments, path.parent)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a file, for commands that take nothing else from it.
+
+    Raises:
+        UserError: there are none, or the file has other columns.
+    """
+    prompts = read_prompt_file(path)
+    for prompt in prompts:
+        if prompt.arguments:
+            raise UserError(f"{path} has a column {next(iter(prompt.arguments))}: here only prompts are read")
+    return [prompt.text for prompt in prompts]
 
 
 def choose_device(name: str) -> str:

@@ -5,7 +5,7 @@ import inspect
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,27 +14,35 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from diffusers import DiffusionPipeline
+from torch import Tensor
 
+from accvideo.call import flatten
 from accvideo.command import (
     DEFAULT_FPS,
+    Prompt,
     call_parameters,
     choose_device,
     parse_pipeline_args,
     progress_bar,
-    read_prompts,
+    read_prompt_file,
     shorten,
 )
 from accvideo.flow import keypoint_indices
+from accvideo.media import load_media
 from accvideo.teacher import (
+    Approach,
     Watch,
+    approach,
     check_scheduler,
     denoisers,
-    denoising_grid,
     fingerprint,
+    guidance_arguments,
+    has_guider,
     item_generator,
     load_pipeline,
     pipeline_defaults,
     provenance,
+    shared_arguments,
     watch,
 )
 from accvideo.trajectory import (
@@ -61,13 +69,16 @@ class RecordConfig:
     teacher: tyro.conf.Positional[str]
     """`playground`, a folder that diffusers saved, or a hub id."""
     prompts: Path
-    """Text file, one prompt a line."""
+    """Text file, one prompt a line; or .csv or .jsonl with a column `prompt` and others (`image`, `video`) that are
+    arguments of the pipeline's call; file names in it are relative to its folder."""
     out: Path
     """Folder of the data set; an interrupted recording in it goes on."""
     num_steps: int = 50
     """Denoising steps S of the teacher."""
     num_student_steps: int = 5
     """Steps K of the student to come; must divide S."""
+    image: Path | None = None
+    """First frame, for image-to-video pipelines; a column `image` of the prompts has one for each."""
     guidance_scale: float | None = None
     """The pipeline's own by default."""
     height: int | None = None
@@ -81,7 +92,8 @@ class RecordConfig:
     num_trajectories: int | None = None
     """As many as prompts by default; more go round the prompts again, with other noise."""
     pipeline_arg: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """NAME=JSON: any other argument of the pipeline's call; may be repeated."""
+    """NAME=JSON: any other argument of the pipeline's call; may be repeated. The name of an image or video file is
+    replaced by what is in it."""
     batch_size: int = 1
     """Trajectories denoised together. Batches are always whole: what an item becomes depends on this number."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -103,35 +115,36 @@ def record(config: RecordConfig) -> dict[str, Any]:
         UserError: whatever the user can mend; before the first denoiser call where it can be known by then.
     """
     started = time.perf_counter()
-    prompts = read_prompts(config.prompts)
+    prompts = read_prompt_file(config.prompts)
     check_folder(config.out)
     pipeline = load_pipeline(config.teacher, getattr(torch, config.dtype), choose_device(config.device))
     check_scheduler(pipeline)
     defaults = pipeline_defaults(config.teacher)
     arguments = call_arguments(pipeline, config, defaults)
-    manifest = make_manifest(pipeline, config, defaults, arguments, prompts)
+    prompts = with_image(prompts, config.image)
+    check_prompts(pipeline, prompts, config)
+    manifest, shared = make_manifest(pipeline, config, defaults, arguments, prompts)
     manifest = open_folder(config.out, manifest)
 
     size = config.batch_size
     wanted = [i for i in range(manifest.num_trajectories) if not is_recorded(config.out, i, manifest, prompts)]
     blocks = sorted({index // size for index in wanted})
-    num_written = 0
+    num_written, num_steps = 0, manifest.num_steps
     with progress_bar() as progress:
-        bar = progress.add_task("denoising steps", total=len(blocks) * config.num_steps)
+        bar = progress.add_task("denoising steps", total=len(blocks) * num_steps)
         for done, block in enumerate(blocks):
             items = range(block * size, (block + 1) * size)
             with watch(
                 pipeline,
                 keep=manifest.keypoints[:-1],
-                on_step=lambda step, done=done: progress.update(bar, completed=done * config.num_steps + step),
+                on_step=lambda step, done=done: progress.update(bar, completed=done * num_steps + step),
+                shared=shared,
             ) as seen:
                 run: Any = pipeline
                 run(
-                    prompt=[prompts[index % len(prompts)] for index in items],
-                    generator=[item_generator(config.seed, index) for index in items],
                     num_inference_steps=config.num_steps,
                     output_type="latent",
-                    **arguments,
+                    **items_arguments(config, arguments, prompts, items),
                 )
             trajectories = trajectories_of(seen, manifest, items, prompts)
             if not manifest.denoiser_calls:  # the first of all: a pipeline that is refused leaves no data set
@@ -149,6 +162,47 @@ def record(config: RecordConfig) -> dict[str, Any]:
         "nested_schedule": manifest.nested_schedule,
         "bytes": sum(entry.stat().st_size for entry in os.scandir(config.out)),
         "seconds": time.perf_counter() - started,
+    }
+
+
+def with_image(prompts: Sequence[Prompt], image: Path | None) -> list[Prompt]:
+    """The prompts, those without an image of their own with this one."""
+    if image is None:
+        return list(prompts)
+    return [replace(each, arguments={"image": str(image.absolute())} | each.arguments) for each in prompts]
+
+
+def check_prompts(pipeline: DiffusionPipeline, prompts: Sequence[Prompt], config: RecordConfig) -> None:
+    """Checks what the prompts ask the pipeline's call for, and reads each image and video once.
+
+    Raises:
+        UserError: the call does not take an argument or lacks an image, or a file is missing.
+    """
+    name, accepted = type(pipeline).__name__, call_parameters(pipeline)
+    for number, prompt in enumerate(prompts, 1):
+        for argument in prompt.arguments:
+            if argument in OWN_ARGUMENTS:
+                raise UserError(f"{config.prompts}: the column {argument} is set by the recorder; leave it out")
+            if argument not in accepted:
+                raise UserError(f"{name} takes no {argument} (of prompt {number}); it takes {', '.join(accepted)}")
+        if prompt.arguments and config.batch_size > 1:
+            raise UserError(
+                f"prompt {number} has a {next(iter(prompt.arguments))} of its own, and {name} takes one a call\n"
+                "Leave --batch-size out"
+            )
+        load_media(prompt.arguments, prompt.folder)
+
+
+def items_arguments(
+    config: RecordConfig, arguments: Mapping[str, Any], prompts: Sequence[Prompt], items: Sequence[int]
+) -> dict[str, Any]:
+    """The arguments of the pipeline's call that makes these items."""
+    chosen = [prompts[index % len(prompts)] for index in items]
+    return {
+        "prompt": [prompt.text for prompt in chosen],
+        "generator": [item_generator(config.seed, index) for index in items],
+        **load_media(arguments),
+        **load_media(chosen[0].arguments, chosen[0].folder),  # the only one that has any: see `check_prompts`
     }
 
 
@@ -194,11 +248,11 @@ def open_folder(folder: Path, manifest: Manifest) -> Manifest:
     return old
 
 
-def is_recorded(folder: Path, index: int, manifest: Manifest, prompts: Sequence[str]) -> bool:
+def is_recorded(folder: Path, index: int, manifest: Manifest, prompts: Sequence[Prompt]) -> bool:
     """Whether the folder holds trajectory `index`, whole; says so on stderr if its file is damaged.
 
     Raises:
-        UserError: it was recorded on another prompt.
+        UserError: it was recorded on another prompt, or with other arguments.
     """
     path = folder / trajectory_name(index)
     if not path.exists():
@@ -210,11 +264,13 @@ def is_recorded(folder: Path, index: int, manifest: Manifest, prompts: Sequence[
     except UserError as error:
         print(f"warning: {error}; recording it again", file=sys.stderr)
         return False
-    if trajectory.prompt != (prompt := prompts[index % len(prompts)]):
-        raise UserError(
-            f"{path} was recorded on the prompt {shorten(trajectory.prompt)}, the file of prompts now has "
-            f"{shorten(prompt)}\nRestore the file of prompts, or give another folder"
-        )
+    prompt = prompts[index % len(prompts)]
+    for old, new in ((trajectory.prompt, prompt.text), (trajectory.arguments, prompt.arguments)):
+        if old != new:
+            raise UserError(
+                f"{path} was recorded on the prompt {shorten(old)}, the file of prompts now has {shorten(new)}\n"
+                "Restore the file of prompts, or give another folder"
+            )
     return True
 
 
@@ -230,6 +286,8 @@ def call_arguments(pipeline: DiffusionPipeline, config: RecordConfig, defaults: 
             value = defaults.get(name)
         if value is not None:
             given[name] = value
+    if "guidance_scale" in given:
+        given |= guidance_arguments(pipeline, given.pop("guidance_scale"))
     accepted = call_parameters(pipeline)
     for name in given:
         if name in OWN_ARGUMENTS:
@@ -245,12 +303,27 @@ def make_manifest(
     config: RecordConfig,
     defaults: dict[str, Any],
     arguments: dict[str, Any],
-    prompts: Sequence[str],
-) -> Manifest:
-    """The manifest of a data set, without a denoiser call; warns if students of it cannot run in plain diffusers."""
-    first = {"prompt": prompts[:1], "generator": [item_generator(config.seed, 0)], **arguments}
-    key_sigmas, key_timesteps = denoising_grid(pipeline, config.num_student_steps, **first)
-    sigmas, timesteps = denoising_grid(pipeline, config.num_steps, **first)
+    prompts: Sequence[Prompt],
+) -> tuple[Manifest, list[str]]:
+    """The manifest of a data set, without a denoiser call; warns if students of it cannot run in plain diffusers.
+
+    Also the names of the denoiser's arguments that have no row for each sample.
+
+    Raises:
+        UserError: the pipeline refuses its arguments, or cannot be a teacher.
+    """
+
+    def first(num_steps: int) -> Approach:
+        return approach(pipeline, num_steps, **items_arguments(config, arguments, prompts, [0]))
+
+    few, many = first(config.num_student_steps), first(config.num_steps)
+    check_same_call(pipeline, few, many)
+    try:
+        two = approach(pipeline, config.num_steps, **items_arguments(config, arguments, prompts, [0, len(prompts)]))
+        shared = shared_arguments(many.arguments, two.arguments)
+    except (UserError, RuntimeError):  # one image, one video
+        shared = []
+    (key_sigmas, key_timesteps), (sigmas, timesteps) = ((each.sigmas, each.timesteps) for each in (few, many))
     if len(sigmas) != config.num_steps + 1:
         raise UserError(
             f"{type(pipeline.scheduler).__name__} makes {len(sigmas) - 1} steps of {config.num_steps}; "
@@ -273,7 +346,7 @@ def make_manifest(
         value = arguments.get(name, own_defaults.get(name))
         return None if value is inspect.Parameter.empty else value
 
-    return Manifest(
+    manifest = Manifest(
         teacher=config.teacher,
         revision=revision,
         license=license,
@@ -283,7 +356,7 @@ def make_manifest(
         num_student_steps=config.num_student_steps,
         keypoints=keypoints,
         sigmas=sigmas,
-        guidance_scale=used("guidance_scale"),
+        guidance_scale=pipeline.guider.guidance_scale if has_guider(pipeline) else used("guidance_scale"),
         height=used("height"),
         width=used("width"),
         num_frames=used("num_frames"),
@@ -304,6 +377,24 @@ def make_manifest(
         nested_schedule=nested,
         versions={name: version(name) for name in ("accvideo", "torch", "diffusers", "transformers")},
     )
+    return manifest, shared
+
+
+def check_same_call(pipeline: DiffusionPipeline, few: Approach, many: Approach) -> None:
+    """Checks that the denoiser is asked the same at its first call, however many steps are to follow.
+
+    Raises:
+        UserError: it is not, so that a student would not be asked what its teacher was.
+    """
+    before = dict(flatten(many.arguments))
+    for name, value in flatten(few.arguments):
+        if name in ("hidden_states", "timestep") or not isinstance(value, Tensor):
+            continue
+        if name not in before or not torch.equal(value, before[name]):
+            raise UserError(
+                f"{type(pipeline).__name__} tells its denoiser {name}, which depends on the number of steps: "
+                "a student of fewer steps would not be asked what was recorded"
+            )
 
 
 def is_nested(grid: Sequence[float], other: Sequence[float], tolerance: float) -> bool:
@@ -311,7 +402,7 @@ def is_nested(grid: Sequence[float], other: Sequence[float], tolerance: float) -
     return len(grid) == len(other) and all(abs(a - b) <= tolerance for a, b in zip(grid, other, strict=True))
 
 
-def trajectories_of(seen: Watch, manifest: Manifest, items: range, prompts: Sequence[str]) -> list[Trajectory]:
+def trajectories_of(seen: Watch, manifest: Manifest, items: range, prompts: Sequence[Prompt]) -> list[Trajectory]:
     """The trajectories of the items of one watched run."""
     if seen.num_steps != manifest.num_steps or seen.final is None:
         raise UserError(f"the pipeline took {seen.num_steps} steps of {manifest.num_steps}; accvideo needs all of them")
@@ -320,10 +411,11 @@ def trajectories_of(seen: Watch, manifest: Manifest, items: range, prompts: Sequ
         Trajectory(
             index=index,
             seed=manifest.seed,
-            prompt=prompts[index % len(prompts)],
+            prompt=prompts[index % len(prompts)].text,
             states=states[row],
             calls=tuple(step.call.select(slice(row, row + 1)) for step in seen.steps),
             denoisers=tuple(step.denoiser for step in seen.steps),
+            arguments=prompts[index % len(prompts)].arguments,
         )
         for row, index in enumerate(items)
     ]

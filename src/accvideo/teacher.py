@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from huggingface_hub import ModelCard, try_to_load_from_cache
 from torch import Tensor, nn
 
-from accvideo.call import DenoiserCall, capture_call
+from accvideo.call import DenoiserCall, capture_call, flatten
 from accvideo.flow import euler_step
 from accvideo.types import Latents, UserError
 
@@ -33,7 +33,10 @@ def teacher_path(name: str) -> Path | None:
 
 
 def load_pipeline(
-    name: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    quantization: PipelineQuantizationConfig | None = None,
 ) -> DiffusionPipeline:
     """The pipeline called `name`: "playground" (the embedded teacher), a local folder, or a hub id.
 
@@ -44,7 +47,9 @@ def load_pipeline(
     if path is not None and not (path / "model_index.json").is_file():
         raise UserError(f"{name} is not a pipeline: no model_index.json in it; give a folder that diffusers saved")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(path or name, dtype=dtype, use_safetensors=True)
+        pipeline = DiffusionPipeline.from_pretrained(
+            path or name, dtype=dtype, use_safetensors=True, quantization_config=quantization
+        )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
@@ -147,9 +152,14 @@ class Watch:
 
 @contextmanager
 def watch(
-    pipeline: DiffusionPipeline, keep: Collection[int] | None = None, on_step: Callable[[int], None] | None = None
+    pipeline: DiffusionPipeline,
+    keep: Collection[int] | None = None,
+    on_step: Callable[[int], None] | None = None,
+    shared: Collection[str] = (),
 ) -> Iterator[Watch]:
     """Watches one run of `pipeline`: its states, noise levels and conditional calls.
+
+    Where the pipeline is given some frames, the states are the others.
 
     Args:
         pipeline: any diffusers pipeline whose steps are `next = state + (next_sigma - sigma) * velocity`, velocity
@@ -157,22 +167,25 @@ def watch(
             first step.
         keep: numbers of the steps to keep; all when None.
         on_step: called with the number of steps taken, after each.
+        shared: names of the denoiser's arguments that have no row for each sample; see `shared_arguments`.
 
     Raises:
         UserError: on the first step, if the rule does not hold or the call cannot be replayed.
     """
     scheduler, seen = pipeline.scheduler, Watch()
-    original_step = scheduler.step
+    original_step, first_index, part = scheduler.step, 0, ()
     calls: list[tuple[str, dict[str, Any]]] = []  # of the step under way
 
     def see_call(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        arguments = inspect.signature(module.forward).bind(*args, **kwargs).arguments if args else kwargs
-        calls.append((name, arguments))
+        calls.append((name, named_arguments(module, args, kwargs)))
 
     @functools.wraps(original_step)
     def see_step(*args: Any, **kwargs: Any) -> Any:
+        nonlocal first_index, part
         bound = inspect.signature(original_step).bind(*args, **kwargs).arguments
         velocity, sample = bound["model_output"], bound["sample"]
+        if bound.get("per_token_timesteps") is not None:
+            raise UserError(f"{type(pipeline).__name__} steps each token from a noise level of its own; {SUPPORTED}")
         kept = keep is None or seen.num_steps in keep
         state = sample.detach().float().clone() if kept or seen.num_steps == 0 else None
         output = original_step(*args, **kwargs)
@@ -180,21 +193,28 @@ def watch(
 
         if not calls:
             raise UserError(f"{type(pipeline).__name__} takes a step without calling its denoiser: not supported")
-        if not seen.sigmas:
-            seen.sigmas = scheduler.sigmas.tolist()
         index = scheduler.step_index - 1  # the step has just raised it
+        if not seen.sigmas:
+            seen.sigmas, first_index = scheduler.sigmas.tolist(), index
+        if index != first_index + seen.num_steps:
+            raise UserError(
+                f"{type(pipeline).__name__} makes the video in several runs of the denoiser, one after another: "
+                "supported is one\nAsk for fewer frames, so that it takes one run"
+            )
         sigma, next_sigma = seen.sigmas[index], seen.sigmas[index + 1]
         name, arguments = calls[0]  # guidance by two calls: the first is the conditional one
         if state is not None:
-            call, following = capture_call(arguments, sample), next_sample.detach().float().clone()
-            step = WatchedStep(state, following, velocity.detach().float().clone(), sigma, next_sigma, name, call)
+            call, part = capture_call(arguments, sample, shared)
+            following = next_sample.detach().float().clone()
+            tensors = (each[part] for each in (state, following, velocity.detach().float().clone()))
+            step = WatchedStep(*tensors, sigma, next_sigma, name, call)
             if seen.num_steps == 0:
                 check_rule(pipeline, step, next_sample.dtype)
             if kept:
                 seen.steps.append(step)
         seen.num_calls += sum(len(arguments["hidden_states"]) // len(sample) for _, arguments in calls)
         calls.clear()
-        seen.final = next_sample.detach().float()
+        seen.final = next_sample.detach().float()[part]
         seen.num_steps += 1
         if on_step is not None:
             on_step(seen.num_steps)
@@ -205,9 +225,37 @@ def watch(
         for name, denoiser in denoisers(pipeline).items():
             hook = denoiser.register_forward_pre_hook(functools.partial(see_call, name), with_kwargs=True)
             undo.callback(hook.remove)
+        undo.enter_context(alone(pipeline))
         scheduler.step = see_step
         undo.callback(delattr, scheduler, "step")
         yield seen
+
+
+def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call of `module` by name."""
+    return inspect.signature(module.forward).bind(*args, **kwargs).arguments if args else kwargs
+
+
+@contextmanager
+def alone(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """A context in which the pipeline cannot copy its scheduler.
+
+    A pipeline that does steps something beside the video's state: its sound (LTX-2), or each frame on its own
+    (SkyReels V2 diffusion forcing).
+    """
+
+    def refuse(memo: dict[int, Any]) -> None:
+        raise UserError(
+            f"{type(pipeline).__name__} denoises with several copies of its scheduler (sound beside the video, or a "
+            "noise level for each frame); supported are pipelines that denoise one state with one scheduler"
+        )
+
+    scheduler: Any = pipeline.scheduler
+    scheduler.__deepcopy__ = refuse
+    try:
+        yield
+    finally:
+        del scheduler.__deepcopy__
 
 
 def check_scheduler(pipeline: DiffusionPipeline) -> None:
@@ -244,30 +292,93 @@ def check_rule(pipeline: DiffusionPipeline, step: WatchedStep, dtype: torch.dtyp
 class _FirstCall(Exception):  # noqa: N818 - a way out of the pipeline, not an error
     """The pipeline is about to call its denoiser."""
 
+    def __init__(self, arguments: dict[str, Any]):
+        self.arguments = arguments
+
+
+@dataclass(frozen=True)
+class Approach:
+    """How a pipeline comes to its first denoiser call."""
+
+    sigmas: list[float]
+    """Noise levels of the run to come, one more than steps."""
+    timesteps: list[float]
+    arguments: dict[str, Any]
+    """Of the denoiser's first call, by name."""
+
+
+def approach(pipeline: DiffusionPipeline, num_steps: int, **arguments: Any) -> Approach:
+    """Runs the pipeline up to its first denoiser call: its own way of setting the scheduler is what counts.
+
+    Raises:
+        UserError: the pipeline refuses its arguments, or its noise levels are not those of a flow.
+    """
+
+    def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _FirstCall(named_arguments(module, args, kwargs))
+
+    run: Any = pipeline
+    with ExitStack() as undo:
+        undo.enter_context(alone(pipeline))
+        for denoiser in denoisers(pipeline).values():
+            undo.callback(denoiser.register_forward_pre_hook(leave, with_kwargs=True).remove)
+        try:
+            run(num_inference_steps=num_steps, output_type="latent", **arguments)
+            raise UserError(f"{type(pipeline).__name__} does not call its denoiser")
+        except _FirstCall as first:
+            found = first.arguments
+        except (ValueError, TypeError, ArithmeticError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"{type(pipeline).__name__} refuses its arguments or {num_steps} steps: {reason}"
+            ) from error
+    pipeline.maybe_free_model_hooks()
+    scheduler: Any = pipeline.scheduler
+    sigmas = scheduler.sigmas.tolist()
+    if not all(0 <= sigma < 1.001 for sigma in sigmas):
+        raise UserError(
+            f"{type(pipeline).__name__} has a {type(scheduler).__name__} with noise levels up to {max(sigmas):.4g}, "
+            f"a flow's are from 0 to 1; {SUPPORTED}"
+        )
+    return Approach(sigmas, scheduler.timesteps.float().tolist(), found)
+
+
+def shared_arguments(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[str]:
+    """Names of the denoiser's arguments that have no row for each sample.
+
+    Args:
+        one: all arguments of a call for one video.
+        two: those of the same call for two.
+    """
+    tensors = {name: value for name, value in flatten(two) if isinstance(value, Tensor)}
+    return [
+        name
+        for name, value in flatten(one)
+        if isinstance(value, Tensor) and name in tensors and value.shape[:1] == tensors[name].shape[:1]
+    ]
+
+
+def guidance_arguments(pipeline: Any, guidance_scale: float) -> dict[str, Any]:
+    """What to call the pipeline with for this guidance scale.
+
+    Nothing where it leaves guidance to a component of its own, a guider (HunyuanVideo 1.5), which is then changed.
+    """
+    if "guidance_scale" in inspect.signature(type(pipeline).__call__).parameters or not has_guider(pipeline):
+        return {"guidance_scale": guidance_scale}
+    pipeline.register_modules(guider=pipeline.guider.new(guidance_scale=guidance_scale))
+    return {}
+
+
+def has_guider(pipeline: Any) -> bool:
+    """Whether the pipeline leaves guidance to a component."""
+    return "guider" in pipeline.components
+
 
 def denoising_grid(pipeline: DiffusionPipeline, num_steps: int, **arguments: Any) -> tuple[list[float], list[float]]:
     """Noise levels (`num_steps` + 1) and timesteps (`num_steps`) of a run, found without a denoiser call.
 
-    The pipeline runs up to its first denoiser call, so its own way of setting the scheduler is what counts.
-
     Raises:
-        UserError: the pipeline refuses its arguments.
+        UserError: the pipeline refuses its arguments, or its noise levels are not those of a flow.
     """
-
-    def leave(*_: Any) -> None:
-        raise _FirstCall
-
-    hooks = [denoiser.register_forward_pre_hook(leave) for denoiser in denoisers(pipeline).values()]
-    run: Any = pipeline
-    try:
-        run(num_inference_steps=num_steps, output_type="latent", **arguments)
-    except _FirstCall:
-        pass
-    except (ValueError, TypeError, ArithmeticError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{type(pipeline).__name__} refuses its arguments or {num_steps} steps: {reason}") from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-    pipeline.maybe_free_model_hooks()
-    return pipeline.scheduler.sigmas.tolist(), pipeline.scheduler.timesteps.float().tolist()
+    found = approach(pipeline, num_steps, **arguments)
+    return found.sigmas, found.timesteps

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,8 @@ class Trajectory:
     """K calls with a batch of 1; number k was made at state k."""
     denoisers: tuple[str, ...]
     """K component names of the denoisers that were called."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """What else the pipeline was called with for this prompt: JSON, images and videos by their paths."""
 
 
 @dataclass(frozen=True)
@@ -158,25 +160,30 @@ def write_whole(path: Path, data: bytes) -> None:
 def write_trajectory(folder: Path, trajectory: Trajectory) -> Path:
     """Writes a trajectory's file; equal trajectories give equal bytes.
 
-    An argument that is equal at all key points is stored once (`call.<name>`), one that varies K times
-    (`step.<name>`); the condition goes by the name `hidden_states`.
+    An argument that is equal at all key points is stored once (`call.<name>`, `shared.<name>`), one that varies K
+    times (`step.<name>`, `shared_step.<name>`); the condition goes by the name `hidden_states`.
     """
     tensors = {"states": trajectory.states}
-    arguments = [_arguments(call) for call in trajectory.calls]
-    for name, first in arguments[0].items():
-        values = [each[name] for each in arguments]
-        if all(torch.equal(value, first) for value in values):
-            tensors[f"call.{name}"] = first
-        else:
-            tensors[f"step.{name}"] = torch.cat(values)
+    for once, varying, join, groups in (
+        ("call", "step", torch.cat, [_rows(call) for call in trajectory.calls]),
+        ("shared", "shared_step", torch.stack, [call.shared for call in trajectory.calls]),
+    ):
+        for name, first in groups[0].items():
+            values = [each[name] for each in groups]
+            if all(torch.equal(value, first) for value in values):
+                tensors[f"{once}.{name}"] = first
+            else:
+                tensors[f"{varying}.{name}"] = join(values)
     header = {
         "sha256": "0" * 64,  # first, so that no prompt can be mistaken for it
         "format": FORMAT,
         "index": trajectory.index,
         "seed": trajectory.seed,
         "prompt": trajectory.prompt,
+        "arguments": trajectory.arguments,
         "denoisers": trajectory.denoisers,
         "constants": [call.constants for call in trajectory.calls],
+        "starts": trajectory.calls[0].starts,
         "dtype": str(trajectory.calls[0].dtype).removeprefix("torch."),
     }
     tensors = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
@@ -187,7 +194,7 @@ def write_trajectory(folder: Path, trajectory: Trajectory) -> Path:
     return path
 
 
-def _arguments(call: DenoiserCall) -> dict[str, Tensor]:
+def _rows(call: DenoiserCall) -> dict[str, Tensor]:
     return call.tensors if call.condition is None else call.tensors | {"hidden_states": call.condition}
 
 
@@ -216,17 +223,27 @@ def read_trajectory(path: Path) -> Trajectory:
     states, dtype = tensors.pop("states"), getattr(torch, header["dtype"])
     calls = []
     for keypoint, constants in enumerate(header["constants"]):
-        arguments = {
-            name.removeprefix("call.").removeprefix("step."): tensor[keypoint : keypoint + 1]
-            if name.startswith("step.")
-            else tensor
-            for name, tensor in tensors.items()
-        }
-        condition = arguments.pop("hidden_states", None)
-        calls.append(DenoiserCall(arguments, constants, condition, dtype))
+        rows = _arguments(tensors, "call") | _arguments(tensors, "step", slice(keypoint, keypoint + 1))
+        shared = _arguments(tensors, "shared") | _arguments(tensors, "shared_step", keypoint)
+        condition = rows.pop("hidden_states", None)
+        calls.append(DenoiserCall(rows, constants, condition, dtype, tuple(header.get("starts", ())), shared))
     return Trajectory(
-        header["index"], header["seed"], header["prompt"], states, tuple(calls), tuple(header["denoisers"])
+        index=header["index"],
+        seed=header["seed"],
+        prompt=header["prompt"],
+        states=states,
+        calls=tuple(calls),
+        denoisers=tuple(header["denoisers"]),
+        arguments=header.get("arguments", {}),
     )
+
+
+def _arguments(tensors: dict[str, Tensor], prefix: str, part: int | slice = slice(None)) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(f"{prefix}."): tensor if part == slice(None) else tensor[part]
+        for name, tensor in tensors.items()
+        if name.startswith(f"{prefix}.")
+    }
 
 
 def read_manifest(folder: Path) -> Manifest:

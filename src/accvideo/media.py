@@ -1,0 +1,66 @@
+"""Images and videos that a pipeline is called with: read where an argument names a file."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import av
+from PIL import Image, UnidentifiedImageError
+
+from accvideo.types import UserError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".gif", ".webp")
+
+
+def read_image(path: Path) -> Image.Image:
+    """An image file in RGB.
+
+    Raises:
+        UserError: It is none.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise UserError(f"cannot read the image {path}: {error}") from error
+
+
+def read_video(path: Path) -> list[Image.Image]:
+    """The frames of a video file in RGB.
+
+    Raises:
+        UserError: It is none.
+    """
+    try:
+        with av.open(str(path)) as container:
+            frames = [frame.to_image() for frame in container.decode(video=0)]
+    except (OSError, IndexError, av.FFmpegError) as error:
+        raise UserError(f"cannot read the video {path}: {error}") from error
+    if not frames:
+        raise UserError(f"the video {path} has no frames")
+    return frames
+
+
+def load_media(arguments: Mapping[str, Any], folder: Path = Path()) -> dict[str, Any]:
+    """The arguments with images (one each) and videos (a list of frames each) in place of the files they name.
+
+    Args:
+        arguments: JSON values of a pipeline's call; lists of file names are read too, prompts are not.
+        folder: what relative names are relative to.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+
+    def load(value: Any) -> Any:
+        if isinstance(value, list):
+            return [load(each) for each in value]
+        if not isinstance(value, str):
+            return value
+        path = folder / value
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            return read_image(path)
+        return read_video(path) if path.suffix.lower() in VIDEO_SUFFIXES else value
+
+    return {name: value if "prompt" in name else load(value) for name, value in arguments.items()}
