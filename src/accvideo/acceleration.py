@@ -1,16 +1,123 @@
 """Faster generation in less memory, all by diffusers' own switches."""
 
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal, get_args
 
+import diffusers
 import torch
-from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig, TorchAoConfig
+from diffusers import (
+    BitsAndBytesConfig,
+    ContextParallelConfig,
+    DiffusionPipeline,
+    PipelineQuantizationConfig,
+    TorchAoConfig,
+)
+from diffusers.models.attention_dispatch import AttentionBackendName
+from safetensors import safe_open
 
+from accvideo.teacher import denoisers, weights_fingerprint
 from accvideo.types import UserError
 
 Quantization = Literal["int8", "float8", "nf4"]
 """Type of the denoisers' linear weights: int8 or float8 (1 byte each, torchao), nf4 (half a byte, bitsandbytes)."""
+
+Offload = Literal["none", "model", "group"]
+
+ContextParallel = Literal["none", "ulysses", "ring"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Acceleration:
+    """How a model runs; what it makes stays the same but for rounding."""
+
+    compile: bool = False
+    """Compile the denoiser's blocks by torch.compile: the first video waits for it, all are faster."""
+    attention_backend: str | None = None
+    """Who computes attention, by diffusers' name: native, flash, _flash_3_hub, sage, xformers and others."""
+    quantization: Quantization | None = None
+    """Of the denoiser's linear weights: int8 or float8 (one byte each, torchao), nf4 (half a byte, bitsandbytes)."""
+    offload: Offload = "none"
+    """Keep weights in main memory until they are needed: `model` moves whole networks to the accelerator, which costs
+    little time; `group` moves single layers ahead of their use, which takes the least memory."""
+    vae_tiling: bool = False
+    """Decode in overlapping tiles: less memory for large frames."""
+    vae_slicing: bool = False
+    """Decode the videos of a batch one by one: less memory."""
+
+
+def check_acceleration(acceleration: Acceleration, device: str) -> None:
+    """Refuse, before anything is loaded, what this machine does not have.
+
+    Raises:
+        UserError: see there.
+    """
+    names = [backend.value for backend in AttentionBackendName]
+    if acceleration.attention_backend not in (None, *names):
+        raise UserError(
+            f"unknown attention backend {acceleration.attention_backend!r}; diffusers {diffusers.__version__} has "
+            f"{', '.join(names)}"
+        )
+    if acceleration.offload != "none" and torch.device(device).type == "cpu":
+        raise UserError(
+            f"--offload {acceleration.offload} moves weights between main memory and an accelerator; the device is "
+            f"{device}\nLeave --offload out, or give --device cuda"
+        )
+    if acceleration.quantization is not None:
+        quantization_config(acceleration.quantization)
+
+
+def accelerate_pipeline(pipeline: DiffusionPipeline, acceleration: Acceleration, device: str) -> None:
+    """Set a loaded pipeline's switches, all but quantization, which is for loading.
+
+    With offloading the pipeline is in main memory before; otherwise it is on the device.
+
+    Raises:
+        UserError: The pipeline does not offer one of them, or a library is missing.
+    """
+    run: Any = pipeline
+    if acceleration.vae_tiling:
+        with explained(run.vae, "--vae-tiling"):
+            run.vae.enable_tiling()
+    if acceleration.vae_slicing:
+        with explained(run.vae, "--vae-slicing"):
+            run.vae.enable_slicing()
+    denoiser: Any
+    for denoiser in denoisers(pipeline).values():
+        if acceleration.attention_backend is not None:
+            with explained(denoiser, f"--attention-backend {acceleration.attention_backend}"):
+                denoiser.set_attention_backend(acceleration.attention_backend)
+        if acceleration.compile:
+            with explained(denoiser, "--compile"):
+                denoiser.compile_repeated_blocks()
+    if acceleration.offload == "model":
+        with explained(pipeline, "--offload model"):
+            run.enable_model_cpu_offload(device=device)
+    if acceleration.offload == "group":
+        with explained(pipeline, "--offload group"):
+            # By layers: a text encoder's blocks lie too deep to be found one by one.
+            run.enable_group_offload(
+                torch.device(device), offload_type="leaf_level", use_stream=torch.device(device).type == "cuda"
+            )
+
+
+@contextmanager
+def explained(owner: object, option: str) -> Iterator[None]:
+    """A context in which diffusers' refusals of an option become user errors."""
+    try:
+        yield
+    except (NotImplementedError, AttributeError, ImportError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{type(owner).__name__} refuses {option}: {reason}") from error
+
+
+# Quantization
 
 
 def quantization_config(name: Quantization, dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -46,3 +153,60 @@ def pipeline_quantization(name: Quantization, dtype: torch.dtype = torch.bfloat1
     """
     config = quantization_config(name, dtype)
     return PipelineQuantizationConfig(quant_mapping={"transformer": config, "transformer_2": config})
+
+
+def stored_fingerprint(denoiser: Any) -> str:
+    """The `fingerprint` of a denoiser's files; its own, quantized weights would tell another."""
+    folder = Path(denoiser.config["_name_or_path"])
+    with torch.device("meta"):
+        plain = type(denoiser).from_config(type(denoiser).load_config(folder))
+    with ExitStack() as opened:
+        files = [opened.enter_context(safe_open(path, "pt")) for path in folder.glob("*.safetensors")]
+        file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - no mapping
+        readers = {name: partial(file_of[name].get_tensor, name) for name, _ in plain.named_parameters()}
+        return weights_fingerprint(type(plain).__name__, plain.config, readers)
+
+
+# Several accelerators
+
+
+@contextmanager
+def joined_processes(kind: ContextParallel) -> Iterator[bool]:
+    """Joins the processes that torchrun started; yields whether this is the first one, which writes the files.
+
+    Raises:
+        UserError: torchrun did not start this process, or it started only one.
+    """
+    if kind == "none":
+        yield True
+        return
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise UserError(
+            f"--context-parallel {kind} shares the tokens of a video between several accelerators; start it with\n"
+            "torchrun --nproc-per-node 4 --local-ranks-filter 0 --no-python accvideo generate ..."
+        )
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group()
+    try:
+        yield torch.distributed.get_rank() == 0
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def share_tokens(pipeline: DiffusionPipeline, kind: Literal["ulysses", "ring"]) -> None:
+    """Let each of the joined processes compute a part of the tokens.
+
+    Raises:
+        UserError: diffusers has no plan for this denoiser, or its attention backend cannot.
+    """
+    degree = {f"{kind}_degree": torch.distributed.get_world_size()}
+    denoiser: Any
+    for denoiser in denoisers(pipeline).values():
+        if denoiser._cp_plan is None:
+            raise UserError(
+                f"{type(denoiser).__name__} has no plan for context parallelism in diffusers {diffusers.__version__}; "
+                "leave --context-parallel out"
+            )
+        with explained(denoiser, f"--context-parallel {kind}"):
+            denoiser.enable_parallelism(config=ContextParallelConfig(**degree))

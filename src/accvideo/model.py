@@ -8,6 +8,14 @@ from typing import Any, Literal
 import torch
 from diffusers import DiffusionPipeline
 
+from accvideo.acceleration import (
+    Acceleration,
+    Quantization,
+    accelerate_pipeline,
+    check_acceleration,
+    pipeline_quantization,
+    stored_fingerprint,
+)
 from accvideo.command import DEFAULT_FPS, call_parameters
 from accvideo.student import StudentConfig, load_student
 from accvideo.teacher import denoisers, fingerprint, load_pipeline, pipeline_defaults, teacher_path
@@ -17,6 +25,8 @@ PLAYGROUND_STUDENT = Path(__file__).parent / "playground" / "student"
 """Folder of the student that ships with the package."""
 
 NUM_TEACHER_STEPS = 50
+
+PLAIN = Acceleration()
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -54,15 +64,32 @@ def student_folder(name: str) -> Path:
     return PLAYGROUND_STUDENT
 
 
-def load_model(name: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Model:
+def load_model(
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    acceleration: Acceleration = PLAIN,
+) -> Model:
     """The model called `name`: see `GenerateConfig.model`.
+
+    Raises:
+        UserError: There is no such model, or it or this machine does not offer one of the switches.
+    """
+    check_acceleration(acceleration, device)
+    model = find_model(name, dtype, device if acceleration.offload == "none" else "cpu", acceleration.quantization)
+    accelerate_pipeline(model.pipeline, acceleration, device)
+    return model
+
+
+def find_model(name: str, dtype: torch.dtype, device: str, quantization: Quantization | None) -> Model:
+    """The model called `name`, as it was saved but for quantization.
 
     Raises:
         UserError: There is no such model.
     """
     path = student_folder(name) if name == "playground-student" else teacher_path(name)
     if path is not None and (path / "student.json").is_file():
-        pipeline, config = load_student(path, dtype, device)
+        pipeline, config = load_student(path, dtype, device, quantization)
         sizes = {name: getattr(config, name) for name in ("height", "width", "num_frames")}
         return Model(
             name=name,
@@ -79,12 +106,14 @@ def load_model(name: str, dtype: torch.dtype = torch.float32, device: torch.devi
             f"{name} is no model: it holds neither student.json nor model_index.json\n"
             "Give playground, playground-student, a folder of a student or a teacher, or a hub id"
         )
-    pipeline, defaults = load_pipeline(name, dtype, device), pipeline_defaults(name)
+    quantized = None if quantization is None else pipeline_quantization(quantization, dtype)
+    pipeline, defaults = load_pipeline(name, dtype, device, quantized), pipeline_defaults(name)
+    identify = fingerprint if quantization is None else stored_fingerprint
     sizes = {name: defaults[name] for name in ("height", "width", "num_frames") if name in defaults}
     return Model(
         name=name,
         pipeline=pipeline,
-        identity=digest(*(fingerprint(denoiser).encode() for denoiser in denoisers(pipeline).values())),
+        identity=digest(*(identify(denoiser).encode() for denoiser in denoisers(pipeline).values())),
         num_steps=NUM_TEACHER_STEPS,
         guidance_scale=defaults.get("guidance_scale"),
         fps=defaults.get("fps", DEFAULT_FPS),

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from accvideo.acceleration import Quantization, pipeline_quantization, quantization_config, stored_fingerprint
 from accvideo.call import DenoiserCall, denoiser_blocks, layer_features, replay
 from accvideo.flow import euler_step
 from accvideo.teacher import denoisers, fingerprint, load_pipeline
@@ -406,7 +407,10 @@ def save_lora(path: Path, denoiser: Any) -> None:
 
 
 def load_student(
-    folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    quantization: Quantization | None = None,
 ) -> tuple[DiffusionPipeline, StudentConfig]:
     """The teacher's pipeline with the student's denoisers and scheduler; call it with `guidance_scale=1`.
 
@@ -416,16 +420,21 @@ def load_student(
         UserError: the folder holds no finished student, or its teacher is not the one it was distilled from.
     """
     config = read_student_config(folder)
-    pipeline: Any = load_pipeline(config.teacher, dtype)
+    teacher_quantization = None if quantization is None else pipeline_quantization(quantization, dtype)
+    pipeline: Any = load_pipeline(config.teacher, dtype, quantization=teacher_quantization)
     denoiser: Any
     for name, denoiser in denoisers(pipeline).items():
-        if fingerprint(denoiser) != config.fingerprints[name]:
+        found = fingerprint(denoiser) if quantization is None else stored_fingerprint(denoiser)
+        if found != config.fingerprints[name]:
             raise UserError(f"{folder} is a student of another teacher than {config.teacher} is now")
         if config.lora_rank is None:
-            denoiser = type(denoiser).from_pretrained(folder / name, torch_dtype=dtype, use_safetensors=True)
+            own_quantization = None if quantization is None else quantization_config(quantization, dtype)
+            denoiser = type(denoiser).from_pretrained(
+                folder / name, torch_dtype=dtype, use_safetensors=True, quantization_config=own_quantization
+            )
         else:
             denoiser.load_lora_adapter(folder, weight_name=LORA_FILES[name], use_safetensors=True)
-            if dtype == torch.float32:
+            if dtype == torch.float32 and quantization is None:
                 denoiser.fuse_lora()
                 denoiser.unload_lora()
         pipeline.register_modules(**{name: denoiser})

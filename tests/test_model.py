@@ -1,0 +1,67 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from accvideo.acceleration import Acceleration
+from accvideo.distill import DistillConfig, distill
+from accvideo.generate import sample_clips
+from accvideo.model import load_model, with_arguments
+from accvideo.types import UserError
+from tests.recorded import record_tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`teacher`, `lora` and `full`: a tiny Wan pipeline and two students of it, distilled for a moment."""
+    folder = tmp_path_factory.mktemp("models")
+    record_tiny(folder)
+    settings: dict[str, Any] = {"num_iterations": 5, "num_validation": 2, "lora_rank": 4, "batch_size": 2}
+    for name in ("lora", "full"):
+        distill(DistillConfig(data=folder / "data", out=folder / name, full=name == "full", **settings))
+    return folder
+
+
+def latents(name: Path, acceleration: Acceleration) -> torch.Tensor:
+    """What a model makes of one prompt and one noise."""
+    model = load_model(str(name), acceleration=acceleration)
+    model = with_arguments(model, {"height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 16})
+    return next(sample_clips(model, ["a red square"], [0])).latents
+
+
+@pytest.mark.parametrize("name", ["teacher", "lora", "full"])
+def test_quantized_models_have_their_identity_and_nearly_their_results(folder: Path, name: str):
+    """Weights are known again although a quantized denoiser holds others; a LoRA lies on the quantized base."""
+    pytest.importorskip("torchao")
+    quantized = Acceleration(quantization="int8")
+    plain = load_model(str(folder / name))
+    model: Any = load_model(str(folder / name), acceleration=quantized)
+    assert model.identity == plain.identity
+    linear = model.pipeline.transformer.blocks[0].ffn.net[2]
+    assert (linear.base_layer if name == "lora" else linear).weight.qdata.dtype == torch.int8
+    expected = latents(folder / name, Acceleration())
+    error = (latents(folder / name, quantized) - expected).norm() / expected.norm()
+    assert 0 < error < 0.02
+
+
+def test_student_of_another_teacher_is_refused_quantized_too(folder: Path, tmp_path: Path):
+    pytest.importorskip("torchao")
+    student = tmp_path / "student"
+    student.mkdir()
+    for path in (folder / "lora").glob("*"):
+        if path.is_file():
+            (student / path.name).write_bytes(path.read_bytes())
+    text = (student / "student.json").read_text()
+    known = load_model(str(folder / "lora")).student
+    assert known is not None
+    (student / "student.json").write_text(text.replace(known.fingerprints["transformer"], "0" * 64))
+    with pytest.raises(UserError, match="student of another teacher"):
+        load_model(str(student), acceleration=Acceleration(quantization="int8"))
+
+
+def test_unknown_models_and_arguments(tmp_path: Path, folder: Path):
+    with pytest.raises(UserError, match="is no model"):
+        load_model(str(tmp_path))
+    with pytest.raises(UserError, match="WanPipeline takes no strength; it takes .*num_inference_steps"):
+        with_arguments(load_model(str(folder / "teacher")), {"strength": 0.5})
