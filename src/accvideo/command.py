@@ -5,7 +5,7 @@ import inspect
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,13 @@ def _prompt(path: Path, place: str, row: dict[Any, Any]) -> Prompt:
         raise UserError(f'{path}, {place}: more cells than columns; write a cell with a comma in it in "quotes"')
     arguments = {name: value for name, value in row.items() if name != "prompt" and value not in (None, "")}
     return Prompt(text.strip(), arguments, path.parent)
+
+
+def with_image(prompts: Sequence[Prompt], image: Path | None) -> list[Prompt]:
+    """The prompts, those without an image of their own with this one."""
+    if image is None:
+        return list(prompts)
+    return [replace(each, arguments={"image": str(image.absolute())} | each.arguments) for each in prompts]
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -26,6 +26,7 @@ from accvideo.command import (
     progress_bar,
     read_prompt_file,
     shorten,
+    with_image,
 )
 from accvideo.flow import keypoint_indices
 from accvideo.media import load_media
@@ -163,13 +164,6 @@ def record(config: RecordConfig) -> dict[str, Any]:
         "bytes": sum(entry.stat().st_size for entry in os.scandir(config.out)),
         "seconds": time.perf_counter() - started,
     }
-
-
-def with_image(prompts: Sequence[Prompt], image: Path | None) -> list[Prompt]:
-    """The prompts, those without an image of their own with this one."""
-    if image is None:
-        return list(prompts)
-    return [replace(each, arguments={"image": str(image.absolute())} | each.arguments) for each in prompts]
 
 
 def check_prompts(pipeline: DiffusionPipeline, prompts: Sequence[Prompt], config: RecordConfig) -> None:
