@@ -254,7 +254,7 @@ def test_the_model_card_says_where_the_student_comes_from(folder: TrajectoryFold
     save(tmp_path / "student", make_student(folder, 4), folder, 4)
     card = (tmp_path / "student/README.md").read_text()
     for fact in (
-        folder.manifest.teacher,
+        f"student of {Path(folder.manifest.teacher).name}",
         "2503.19462",
         "LoRA of rank 4",
         "WanPipeline",

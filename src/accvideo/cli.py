@@ -14,6 +14,7 @@ COMMANDS = {
     "verify": ("accvideo.verify", "check every file of a folder of trajectories"),
     "distill": ("accvideo.distill", "train a few-step student on recorded trajectories"),
     "generate": ("accvideo.generate", "make videos with a teacher or a student"),
+    "export": ("accvideo.export", "write a student as a diffusers folder, a LoRA, or for ComfyUI"),
     "evaluate": ("accvideo.evaluate", "compare a student with its teacher and write a report"),
     "playground prompts": ("accvideo.playground.prompts", "write prompts of the playground's world to a file"),
     "playground train": ("accvideo.playground.train", "train the playground's teacher anew"),

@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from accvideo.acceleration import Quantization, pipeline_quantization, quantization_config, stored_fingerprint
 from accvideo.call import DenoiserCall, denoiser_blocks, layer_features, replay
+from accvideo.card import model_card
 from accvideo.flow import euler_step
 from accvideo.teacher import denoisers, fingerprint, load_pipeline
 from accvideo.trajectory import Manifest, write_whole
@@ -34,6 +35,12 @@ from accvideo.types import Latents, UserError
 
 LORA_FILES = {"transformer": "pytorch_lora_weights.safetensors", "transformer_2": "pytorch_lora_weights_2.safetensors"}
 """The LoRA of each denoiser; `pipeline.load_lora_weights(folder)` reads the first."""
+
+
+USAGE = """    accvideo generate FOLDER --prompt TEXT --out video.mp4
+
+`accvideo export FOLDER --to diffusers|lora|comfyui|original --out PATH` makes a form that runs without accvideo."""
+"""How to run a student's folder."""
 
 
 class Student(nn.Module):
@@ -386,7 +393,9 @@ def save_student(folder: Path, student: Student, config: StudentConfig, metrics:
             else:
                 save_lora(folder / LORA_FILES[name], denoiser)
         make_scheduler(config).save_pretrained(folder / "scheduler")
-        (folder / "README.md").write_text(model_card(config, metrics), encoding="utf-8")
+        what = "Full weights" if config.lora_rank is None else f"LoRA of rank {config.lora_rank}"
+        card = model_card(config, what, USAGE, metrics, lora=config.lora_rank is not None)
+        (folder / "README.md").write_text(card, encoding="utf-8")
         write_whole(folder / "student.json", json.dumps(asdict(config), indent=2).encode() + b"\n")
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write the student to {folder}: {error}") from error
@@ -463,39 +472,3 @@ def make_scheduler(config: StudentConfig) -> SchedulerMixin:
     name = config.scheduler["class"]
     scheduler_class: Any = KeyPointScheduler if name == KeyPointScheduler.__name__ else getattr(diffusers, name)
     return scheduler_class.from_config(config.scheduler["config"])
-
-
-def model_card(config: StudentConfig, metrics: Mapping[str, float]) -> str:
-    """The student's README: what it is, how to run it, how it was made, under whose license."""
-    kind = "Full weights" if config.lora_rank is None else f"LoRA of rank {config.lora_rank}"
-    header = {"library_name": "diffusers", "base_model": config.teacher, "license": config.license or "other"}
-    sigmas = ", ".join(f"{sigma:.4f}" for sigma in config.sigmas)
-    rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in metrics.items())
-    recipe = "\n".join(f"| {name} | {value} |" for name, value in config.recipe.items())
-    return f"""---
-{chr(10).join(f"{name}: {json.dumps(value)}" for name, value in header.items())}
-tags: [text-to-video, distillation, few-step, accvideo]
----
-
-# {config.num_steps}-step student of {config.teacher}
-
-{kind} for a `{config.pipeline_class}`, distilled from the teacher's recorded denoising trajectories
-({config.teacher_num_steps} steps, guidance {config.teacher_guidance_scale:g}) by the method of AccVideo
-([arXiv:2503.19462](https://arxiv.org/abs/2503.19462)). It takes {config.num_steps} denoiser calls a video, without
-guidance, at {config.width}x{config.height} pixels and {config.num_frames} frames.
-
-    accvideo generate FOLDER --prompt TEXT --out video.mp4
-
-Noise levels: {sigmas} (`{config.scheduler["class"]}`). At others the student was not trained.
-
-License: {config.license or "unknown"}, the teacher's (revision {config.revision or "unknown"}), from which a student is
-derived.
-
-| measured while training | |
-|---|---|
-{rows}
-
-| recipe | |
-|---|---|
-{recipe}
-"""
