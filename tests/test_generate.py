@@ -10,9 +10,10 @@ from PIL import Image
 
 from accvideo.distill import DistillConfig, distill
 from accvideo.generate import GenerateConfig, generate, sample_clips
-from accvideo.model import Model, load_model
+from accvideo.model import Model, load_model, with_arguments
 from accvideo.teacher import item_generator
 from accvideo.types import UserError
+from accvideo.video import write_video
 from tests.recorded import record_tiny
 from tests.tiny import TINY_CALL, tiny_image, tiny_wan_i2v_pipeline, tiny_wan_pipeline
 
@@ -167,6 +168,47 @@ def test_image_to_video(tmp_path: Path):
     assert (tmp_path / "image.webp").read_bytes() != (tmp_path / "red.webp").read_bytes()
 
 
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_each_prompt_may_have_its_image(tmp_path: Path, form: str):
+    """The columns of a prompt file are arguments of the call: the same videos as from one command for each."""
+    tiny_wan_i2v_pipeline().save_pretrained(tmp_path / "teacher")
+    tiny_image().save(tmp_path / "image.png")
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    rows = [("a dog", "image.png"), ("a dog", "red.png")]
+    lines = {
+        "csv": ["prompt,image", *map(",".join, rows)],
+        "jsonl": [json.dumps({"prompt": prompt, "image": image}) for prompt, image in rows],
+    }
+    (tmp_path / f"prompts.{form}").write_text("\n".join(lines[form]))
+    changes: dict[str, Any] = {"prompt": None, "prompts": tmp_path / f"prompts.{form}", "num_steps": 2}
+    command = config(tmp_path, tmp_path / "videos", **changes)
+    assert generate(command)["num_generated"] == 2
+    for index, (prompt, image) in enumerate(rows):
+        [batch] = sample_clips(
+            with_arguments(load_model(str(tmp_path / "teacher")), {**TINY_CALL, "max_sequence_length": 12}
+                           | {"image": Image.open(tmp_path / image).convert("RGB")}),
+            [prompt], [index], num_steps=2,
+        )  # fmt: skip
+        write_video(tmp_path / "alone.mp4", batch.frames[0], 16, 8)
+        assert (tmp_path / "alone.mp4").read_bytes() == (tmp_path / "videos" / f"{index:06d}.mp4").read_bytes()
+    Image.new("RGB", (32, 32), "blue").save(tmp_path / "red.png")
+    with pytest.raises(UserError, match="other settings: prompts"):
+        generate(command)
+    with pytest.raises(UserError, match="takes one a batch"):
+        generate(config(tmp_path, tmp_path / "others", batch_size=2, **changes))
+
+
+def test_several_videos_of_a_prompt(folders: Path, tmp_path: Path):
+    """Each from other noise, and the first is that of a single video."""
+    result = generate(config(folders, tmp_path / "videos", num_videos=3, batch_size=2))
+    generate(config(folders, tmp_path / "single"))
+    assert [video["prompt"] for video in result["videos"]] == [PROMPTS[0]] * 3
+    videos = [(tmp_path / "videos" / f"{index:06d}.mp4").read_bytes() for index in range(3)]
+    assert len(set(videos)) == 3
+    with pytest.raises(UserError, match="one file for 3 videos"):
+        generate(config(folders, tmp_path / "clip.mp4", num_videos=3))
+
+
 def test_wrong_command_lines(folders: Path, tmp_path: Path):
     with pytest.raises(UserError, match="either --prompt TEXT or --prompts FILE"):
         config(folders, tmp_path, prompt=None)
@@ -175,13 +217,13 @@ def test_wrong_command_lines(folders: Path, tmp_path: Path):
     with pytest.raises(UserError, match="batch_size is 0"):
         config(folders, tmp_path, batch_size=0)
     (tmp_path / "prompts.txt").write_text("one\ntwo\n")
-    with pytest.raises(UserError, match="one file for 2 prompts"):
+    with pytest.raises(UserError, match="one file for 2 videos"):
         generate(config(folders, tmp_path / "clip.mp4", prompt=None, prompts=tmp_path / "prompts.txt"))
     with pytest.raises(UserError, match="is no model"):
         generate(config(folders, tmp_path / "clip.mp4", model=str(tmp_path)))
     with pytest.raises(UserError, match="cannot read the image"):
         generate(config(folders, tmp_path / "clip.mp4", image=tmp_path / "prompts.txt"))
-    with pytest.raises(UserError, match="WanPipeline takes no image"):
+    with pytest.raises(UserError, match="WanPipeline takes no image; it takes prompt, negative_prompt"):
         tiny_image().save(tmp_path / "image.png")
         generate(config(folders, tmp_path / "clip.mp4", image=tmp_path / "image.png"))
     with pytest.raises(UserError, match="refuses its arguments"):

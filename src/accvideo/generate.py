@@ -15,25 +15,30 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import tyro
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from accvideo.acceleration import Acceleration, ContextParallel, joined_processes, share_tokens
 from accvideo.command import (
+    Prompt,
     choose_device,
     parse_pipeline_args,
     progress_bar,
-    read_prompts,
+    read_prompt_file,
     shorten,
+    with_image,
 )
+from accvideo.media import load_media
 from accvideo.metrics import Clips
-from accvideo.model import Dtype, Model, check_student, digest, load_model, with_arguments
-from accvideo.teacher import (
-    denoisers,
-    item_generator,
-    watch,
-)
+from accvideo.model import PLAIN, Dtype, Model, check_student, digest, load_model, with_arguments
+from accvideo.teacher import batch_arguments, denoisers, guidance_arguments, watch
 from accvideo.trajectory import write_whole
 from accvideo.types import Latents, UserError
 from accvideo.video import check_suffix, viewing_scale, write_video
+
+OUT_OF_MEMORY = (
+    "the accelerator's memory is full\nTry --offload model, then --offload group; --vae-tiling; --dtype bfloat16; "
+    "--quantization int8; a smaller --batch-size, or fewer frames"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +52,12 @@ class GenerateConfig:
     prompt: str | None = None
     """What to show; or give `prompts`."""
     prompts: Path | None = None
-    """Text file, one prompt a line; `out` is a folder then."""
+    """Text file, one prompt a line; or .csv or .jsonl with a column `prompt` and others (`image`, `video`) that are
+    arguments of the pipeline's call; file names in it are relative to its folder. `out` is a folder then."""
     image: Path | None = None
-    """First frame, for image-to-video pipelines."""
+    """First frame, for image-to-video pipelines; a column `image` of the prompts has one for each."""
+    num_videos: int = 1
+    """Of each prompt, from different noise; `out` is a folder if there is more than one."""
     seed: int = 0
     """With a video's number, it makes the video's noise."""
     num_steps: int | None = None
@@ -65,20 +73,26 @@ class GenerateConfig:
     fps: float | None = None
     """Frames a second of the file; the model's own by default."""
     pipeline_arg: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """NAME=JSON: any other argument of the pipeline's call; may be repeated."""
+    """NAME=JSON: any other argument of the pipeline's call; may be repeated. The name of an image or video file is
+    replaced by what is in it."""
     batch_size: int = 1
     """Videos denoised together."""
     dtype: Dtype = "float32"
     """Of the pipeline."""
     device: str = "auto"
     """`auto` takes the accelerator if there is one."""
+    acceleration: Annotated[Acceleration, tyro.conf.arg(name="")] = PLAIN
+    """Speed and memory."""
+    context_parallel: ContextParallel = "none"
+    """Share the tokens of each video between the accelerators of `torchrun --nproc-per-node NUM --local-ranks-filter 0
+    --no-python accvideo generate ...`; `ulysses` exchanges attention heads, `ring` keys and values."""
 
     def __post_init__(self) -> None:
         if (self.prompt is None) == (self.prompts is None):
             raise UserError("give either --prompt TEXT or --prompts FILE")
         if names_file(self.out):
             check_suffix(self.out)
-        for name in ("batch_size", "num_steps", "height", "width", "num_frames"):
+        for name in ("num_videos", "batch_size", "num_steps", "height", "width", "num_frames"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"{name} is {value}: it must be at least 1")
 
@@ -143,18 +157,17 @@ def sample_clips(
         UserError: A student is asked for other steps or guidance than its own, or the pipeline refuses its arguments.
     """
     check_student(model, num_steps, guidance_scale)
-    guidance_scale = model.guidance_scale if guidance_scale is None else guidance_scale
-    arguments = (
-        dict(model.arguments) if guidance_scale is None else {**model.arguments, "guidance_scale": guidance_scale}
-    )
     run: Any = model.pipeline
+    guidance_scale = model.guidance_scale if guidance_scale is None else guidance_scale
+    arguments = load_media(model.arguments)
+    if guidance_scale is not None:
+        arguments |= guidance_arguments(model.pipeline, guidance_scale)
     for start in range(0, len(prompts), batch_size):
         items = list(indices[start : start + batch_size])
         with watch(model.pipeline, keep=(), on_step=on_step) as seen, stopwatch(model.pipeline) as marks:
             try:
                 output = run(
-                    prompt=list(prompts[start : start + batch_size]),
-                    generator=[item_generator(seed, index) for index in items],
+                    **batch_arguments(prompts[start : start + batch_size], seed, items),
                     num_inference_steps=num_steps or model.num_steps,
                     output_type="np",
                     **arguments,
@@ -164,6 +177,8 @@ def sample_clips(
                     raise
                 reason = str(error).splitlines()[0]
                 raise UserError(f"{type(model.pipeline).__name__} refuses its arguments: {reason}") from error
+            except torch.OutOfMemoryError as error:
+                raise UserError(OUT_OF_MEMORY) from error
         assert seen.final is not None
         yield ClipBatch(
             indices=items,
@@ -180,7 +195,7 @@ def stopwatch(pipeline: Any) -> Iterator[list[float]]:
     """Times one run of a pipeline: start, first denoiser call, start of decoding, end, in seconds."""
 
     def mark(*_: Any) -> None:
-        if torch.device(pipeline.device).type == "cuda":
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         marks.append(time.perf_counter())
 
@@ -215,19 +230,76 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     Raises:
         UserError: Whatever the user can mend.
     """
-    prompts = [config.prompt] if config.prompt is not None else read_prompts(config.prompts or Path())
+    prompts = [Prompt(config.prompt)] if config.prompt is not None else read_prompt_file(config.prompts or Path())
+    prompts = [prompt for prompt in with_image(prompts, config.image) for _ in range(config.num_videos)]
+    described = [describe_prompt(prompt) for prompt in prompts]
     files, journal = output_files(config, len(prompts))
-    device = choose_device(config.device)
-    model = load_model(config.model, getattr(torch, config.dtype), device)
+    with joined_processes(config.context_parallel) as writes:
+        model = prepare_model(config)
+        for block in batches(len(prompts), config.batch_size):
+            with_prompts(model, [prompts[index] for index in block])  # refuses here what it cannot do
+        generation = open_journal(config.out, journal, files, generation_settings(config, model, described))
+        num_generated = generate_missing(config, model, prompts, files, journal, generation, writes)
+    return {"out": str(config.out), "num_generated": num_generated, **generation}
+
+
+def prepare_model(config: GenerateConfig) -> Model:
+    """The model with the arguments of the command line.
+
+    Raises:
+        UserError: It does not take one of them.
+    """
+    model = load_model(config.model, getattr(torch, config.dtype), choose_device(config.device), config.acceleration)
     check_student(model, config.num_steps, config.guidance_scale)
+    if config.context_parallel != "none":
+        share_tokens(model.pipeline, config.context_parallel)
     sizes = {name: getattr(config, name) for name in ("height", "width", "num_frames")}
     given = {name: size for name, size in sizes.items() if size is not None}
-    model = with_arguments(model, {**parse_pipeline_args(config.pipeline_arg), **given})
-    settings = {
+    return with_arguments(model, {**parse_pipeline_args(config.pipeline_arg), **given})
+
+
+def with_prompts(model: Model, prompts: Sequence[Prompt]) -> Model:
+    """The model with the arguments that these prompts, one batch, have besides their text.
+
+    Raises:
+        UserError: The pipeline does not take one of them, a file is missing, or the prompts differ in them.
+    """
+    first = prompts[0]
+    for prompt in prompts:
+        if prompt.arguments != first.arguments:
+            name = next(iter(prompt.arguments | first.arguments))
+            raise UserError(
+                f"the prompts have an argument {name} each, and {type(model.pipeline).__name__} takes one a batch\n"
+                "Leave --batch-size out"
+            )
+    return with_arguments(model, load_media(first.arguments, first.folder))
+
+
+def describe_prompt(prompt: Prompt) -> str | dict[str, Any]:
+    """A prompt as JSON: its text, or an object with its other columns and a hash of the images that they name."""
+    if not prompt.arguments:
+        return prompt.text
+
+    def pixels(value: Any) -> Iterator[bytes]:
+        if isinstance(value, Image.Image):
+            yield value.tobytes()
+        elif isinstance(value, list):
+            for each in value:
+                yield from pixels(each)
+
+    media = list(load_media(prompt.arguments, prompt.folder).values())
+    return {"prompt": prompt.text, **prompt.arguments, "pixels": digest(*pixels(media))}
+
+
+def generation_settings(
+    config: GenerateConfig, model: Model, prompts: Sequence[str | dict[str, Any]]
+) -> dict[str, Any]:
+    """All that the videos depend on; prompts as `describe_prompt` gives them."""
+    acceleration = asdict(config.acceleration)
+    return {
         "model": config.model,
         "identity": model.identity,
         "prompts": prompts,
-        "image": None if config.image is None else digest(read_image(config.image).tobytes()),
         "seed": config.seed,
         "num_steps": config.num_steps or model.num_steps,
         "guidance_scale": model.guidance_scale if config.guidance_scale is None else config.guidance_scale,
@@ -235,20 +307,40 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         "fps": config.fps or model.fps,
         "batch_size": config.batch_size,
         "dtype": config.dtype,
+        **{name: acceleration[name] for name in ("compile", "attention_backend", "quantization", "vae_tiling")},
     }
-    generation = open_journal(config.out, journal, files, settings)
-    if config.image is not None:
-        model = with_arguments(model, {"image": read_image(config.image)})
 
+
+def generate_missing(
+    config: GenerateConfig,
+    model: Model,
+    prompts: Sequence[Prompt],
+    files: Sequence[Path],
+    journal: Path,
+    generation: dict[str, Any],
+    writes: bool,
+) -> int:
+    """Generate the videos that are not there yet, writing each batch and the journal; returns how many.
+
+    Args:
+        config: The command line's.
+        model: With the command line's arguments.
+        prompts: One a video.
+        files: One a video.
+        journal: Where the journal goes.
+        generation: The journal; changed in place.
+        writes: Whether this process writes files; False for all but the first of several.
+    """
+    settings = generation["settings"]
     done = {video["file"] for video in generation["videos"] if journal.with_name(video["file"]).exists()}
-    blocks = [range(i, min(i + config.batch_size, len(prompts))) for i in range(0, len(prompts), config.batch_size)]
+    blocks = batches(len(prompts), config.batch_size)
     blocks = [block for block in blocks if any(files[index].name not in done for index in block)]
     with progress_bar() as progress:
         bar = progress.add_task("denoising steps", total=len(blocks) * settings["num_steps"])
         for block in blocks:
             [batch] = sample_clips(
-                model,
-                [prompts[index] for index in block],
+                with_prompts(model, [prompts[index] for index in block]),
+                [prompts[index].text for index in block],
                 block,
                 config.seed,
                 config.num_steps,
@@ -256,23 +348,29 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
                 len(block),
                 on_step=lambda _: progress.advance(bar),
             )
-            for index, frames in zip(block, batch.frames, strict=True):
-                write_video(files[index], frames, settings["fps"], viewing_scale(*frames.shape[1:3]))
-            kept = [video for video in generation["videos"] if video["index"] not in block]
             seconds = {name: value / len(block) for name, value in asdict(batch.seconds).items()}
             seconds["total"] = batch.seconds.total / len(block)
             made = [
-                {"file": files[index].name, "index": index, "prompt": prompts[index], "seconds": seconds}
+                {"file": files[index].name, "index": index, "prompt": prompts[index].text, "seconds": seconds}
                 for index in block
             ]
+            kept = [video for video in generation["videos"] if video["index"] not in block]
             generation["videos"] = sorted(kept + made, key=lambda video: video["index"])
             generation |= {
                 "sigmas": batch.sigmas,
                 "denoiser_calls": batch.denoiser_calls,
-                "peak_memory_bytes": peak_memory(device),
+                "peak_memory_bytes": peak_memory(),
             }
-            write_whole(journal, json.dumps(generation, indent=2).encode() + b"\n")
-    return {"out": str(config.out), "num_generated": sum(map(len, blocks)), **generation}
+            if writes:
+                for index, frames in zip(block, batch.frames, strict=True):
+                    write_video(files[index], frames, settings["fps"], viewing_scale(*frames.shape[1:3]))
+                write_whole(journal, json.dumps(generation, indent=2).encode() + b"\n")
+    return sum(map(len, blocks))
+
+
+def batches(num_items: int, batch_size: int) -> list[range]:
+    """Numbers of the items of each batch; the last may be smaller."""
+    return [range(start, min(start + batch_size, num_items)) for start in range(0, num_items, batch_size)]
 
 
 def names_file(out: Path) -> bool:
@@ -289,7 +387,7 @@ def output_files(config: GenerateConfig, num_videos: int) -> tuple[list[Path], P
     if not names_file(config.out):
         return [config.out / f"{index:06d}.mp4" for index in range(num_videos)], config.out / "generation.json"
     if num_videos > 1:
-        raise UserError(f"{config.out} is one file for {num_videos} prompts; give a folder as --out")
+        raise UserError(f"{config.out} is one file for {num_videos} videos; give a folder as --out")
     return [config.out], config.out.with_suffix(".json")
 
 
@@ -325,22 +423,9 @@ def open_journal(out: Path, journal: Path, files: Sequence[Path], settings: dict
     return {"settings": settings, "versions": versions, "videos": []}
 
 
-def read_image(path: Path) -> Image.Image:
-    """An image file in RGB.
-
-    Raises:
-        UserError: It is none.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"cannot read the image {path}: {error}") from error
-
-
-def peak_memory(device: str) -> int:
-    """Most bytes used so far: on the accelerator if there is one, else resident in memory."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+def peak_memory() -> int:
+    """Most bytes used so far: on the accelerator if there is one in use, else resident in memory."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

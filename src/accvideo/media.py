@@ -46,21 +46,22 @@ def load_media(arguments: Mapping[str, Any], folder: Path = Path()) -> dict[str,
     """The arguments with images (one each) and videos (a list of frames each) in place of the files they name.
 
     Args:
-        arguments: JSON values of a pipeline's call; lists of file names are read too, prompts are not.
+        arguments: JSON values of a pipeline's call. File names are told by their endings, in lists too; prompts are
+            left alone, and what is called an image always names one.
         folder: what relative names are relative to.
 
     Raises:
         UserError: a file cannot be read.
     """
 
-    def load(value: Any) -> Any:
+    def load(name: str, value: Any) -> Any:
         if isinstance(value, list):
-            return [load(each) for each in value]
-        if not isinstance(value, str):
+            return [load(name, each) for each in value]
+        if not isinstance(value, str) or "prompt" in name:
             return value
         path = folder / value
-        if path.suffix.lower() in IMAGE_SUFFIXES:
+        if path.suffix.lower() in IMAGE_SUFFIXES or name.endswith("image"):
             return read_image(path)
         return read_video(path) if path.suffix.lower() in VIDEO_SUFFIXES else value
 
-    return {name: value if "prompt" in name else load(value) for name, value in arguments.items()}
+    return {name: load(name, value) for name, value in arguments.items()}

@@ -146,7 +146,9 @@ def with_arguments(model: Model, arguments: dict[str, Any]) -> Model:
     """
     accepted = call_parameters(model.pipeline)
     if unknown := [name for name in arguments if name not in accepted]:
-        raise UserError(f"{type(model.pipeline).__name__} takes no {unknown[0]}; it takes {', '.join(accepted)}")
+        raise UserError(
+            f"{type(model.pipeline).__name__} takes no {unknown[0]}; it takes {', '.join(list(accepted)[1:])}"
+        )
     return replace(model, arguments={**model.arguments, **arguments})
 
 
