@@ -21,22 +21,27 @@ from torch.utils.flop_counter import flop_registry
 
 @dataclass(frozen=True)
 class Cost:
-    """What a piece of work takes; costs add up, the peaks of memory too."""
+    """What a piece of work takes."""
 
     matmul: float = 0.0
     """Floating-point operations of matrix products and convolutions: a multiplication and an addition are two."""
     attention: float = 0.0
     """Floating-point operations of attention."""
-    peak: float = 0.0
-    """Bytes of tensors alive at once, at most, beyond those that were there before."""
+    peaks: tuple[float, ...] = ()
+    """Bytes of tensors alive at once, at most, beyond those that were there before: in each phase of the work."""
 
     def plus(self, other: "Cost", times: float = 1.0) -> "Cost":
         """This cost and `times` the other."""
         return Cost(
             self.matmul + times * other.matmul,
             self.attention + times * other.attention,
-            self.peak + times * other.peak,
+            tuple(mine + times * its for mine, its in zip(self.peaks, other.peaks, strict=True)),
         )
+
+    @property
+    def peak(self) -> float:
+        """Bytes of tensors alive at once, at most, in all phases."""
+        return max(self.peaks, default=0.0)
 
     @property
     def flops(self) -> float:
@@ -134,16 +139,27 @@ def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
         setattr(module, name, original)
 
 
-def measure(work: Callable[[], Any], known: Iterable[Tensor] = ()) -> Cost:
-    """The cost of running a function."""
+def measure(*phases: Callable[[], Any], known: Iterable[Tensor] = ()) -> Cost:
+    """The cost of running functions one after the other; what one returns is dropped.
+
+    Args:
+        phases: the functions.
+        known: tensors whose memory is not counted: weights and inputs.
+    """
+    peaks = []
     with metered(known) as meter:
-        result = work()
-    del result
-    return Cost(meter.matmul, meter.attention, meter.peak)
+        for phase in phases:
+            meter.peak = meter.live
+            phase()
+            peaks.append(meter.peak)
+    return Cost(meter.matmul, meter.attention, tuple(peaks))
 
 
 def at_depth(cost: Callable[..., Cost], depths: Sequence[int], least: int = 1) -> Cost:
     """The cost of a network with these numbers of repeated blocks, from the costs of shallow ones.
+
+    Each further block of a kind costs the same. That holds for the peak of a phase too where its moment is: a phase
+    must keep something of each block until then, or of none.
 
     Args:
         cost: gives the cost at small numbers.

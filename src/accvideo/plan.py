@@ -1,0 +1,443 @@
+"""What a preset takes in hours, memory and disk, before anything is downloaded.
+
+Operations and activations are counted on the meta device (`cost.py`); seconds are operations over what a GPU achieves.
+docs/plan.md says what the three achieved shares were fitted on, and how far off the model is.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from tyro.conf import Positional
+
+from accvideo.call import denoiser_blocks, replay
+from accvideo.cost import Cost, at_depth, measure, metered
+from accvideo.discriminator import Discriminator
+from accvideo.distill import paper
+from accvideo.losses import ADVERSARIAL_LOSSES
+from accvideo.presets import Network, Preset, find_preset, meta
+from accvideo.student import Student
+from accvideo.training import paired_loss, student_step
+from accvideo.trajectory import TrajectoryBatch
+from accvideo.types import UserError
+
+Gpu = Literal["a100", "h100", "h200", "b200", "l40s", "rtx4090"]
+
+
+@dataclass(frozen=True)
+class GpuModel:
+    """A kind of GPU."""
+
+    name: str
+    peak_flops: float
+    """Dense bfloat16 operations a second, by the data sheet."""
+    memory: float
+    """Bytes."""
+
+
+GPUS: dict[Gpu, GpuModel] = {
+    "a100": GpuModel("A100 80GB SXM", 312e12, 80 * 1024**3),
+    "h100": GpuModel("H100 80GB SXM", 989e12, 80 * 1024**3),
+    "h200": GpuModel("H200 141GB SXM", 989e12, 141 * 1000**3),
+    "b200": GpuModel("B200 180GB", 2250e12, 180 * 1000**3),
+    "l40s": GpuModel("L40S 48GB", 362e12, 48 * 1024**3),
+    "rtx4090": GpuModel("RTX 4090 24GB", 165e12, 24 * 1024**3),
+}
+"""NVIDIA's data sheets."""
+
+MATMUL_SHARE = 0.5
+"""Of a GPU's peak that the denoiser's matrix products achieve, the small operations between them included."""
+ATTENTION_SHARE = 0.6
+"""Of the peak that the denoiser's attention achieves."""
+VAE_SHARE = 0.24
+"""Of the peak that the VAE achieves."""
+
+LORA_STATE_BYTES = 16
+"""A trained weight, its gradient and AdamW's two moments, float32."""
+FULL_STATE_BYTES = 20
+"""The same, with autocast's bfloat16 copy and the discriminator's frozen bfloat16 teacher."""
+BASE_BYTES = {"bfloat16": 2.0, "int8": 1.0, "nf4": 0.5 + 4 / 64}
+"""Of a linear weight in a frozen base; nf4 has a float32 scale for 64 weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """Says what recording, distilling and generating with a preset will take, before anything is downloaded."""
+
+    preset: Positional[str]
+    """Name of the preset, such as wan21-t2v-14b; a wrong one lists them all."""
+    gpu: Gpu = "a100"
+    """Kind of GPU. Times are calibrated on published ones of the A100; on others the same share of the peak is taken."""
+    num_gpus: int = 8
+    """GPUs that record and distill; one of them generates."""
+    num_trajectories: int | None = None
+    """Trajectories to record; by default each of the training's samples is drawn once (iterations x batch size)."""
+    lora_rank: int = 16
+    """Rank of the LoRA, where one is trained."""
+
+    def __post_init__(self) -> None:
+        find_preset(self.preset)
+        for name in ("num_gpus", "num_trajectories", "lora_rank"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{name} is {value}: it must be at least 1")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of parameters."""
+
+    denoiser: int
+    """Of all denoisers."""
+    linear: int
+    """Of them, the weights of linear layers."""
+    block: int
+    """Of the largest repeated block."""
+    lora: int
+    """Of a LoRA of rank 1 on every linear layer of the blocks."""
+    encoders: int
+    """Of the text encoders and the image encoder."""
+    vae: int
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a preset's pieces of work cost, for one clip."""
+
+    call: Cost
+    """One denoiser call without gradients."""
+    training: Cost
+    """One iteration of the full training: student's and heads' updates of one key point, activations recomputed."""
+    text: Cost
+    """All prompts' encoders, once."""
+    encode: Cost
+    """The VAE's way of the conditions of image-to-video to latents."""
+    decode: Cost
+    """The VAE's way to frames."""
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of one video on one GPU."""
+
+    encoding: float
+    """Of prompts, and of the image where there is one."""
+    denoising: float
+    decoding: float
+
+    @property
+    def total(self) -> float:
+        """All parts."""
+        return self.encoding + self.denoising + self.decoding
+
+
+def num_parameters(network: nn.Module) -> int:
+    """Weights of a network."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+@cache
+def count_parameters(name: str) -> Sizes:
+    """The parameters of a preset's networks."""
+    preset = find_preset(name)
+    denoiser = preset.denoiser.build()
+    blocks, number = denoiser_blocks(denoiser), preset.num_denoisers
+
+    def linear(module: nn.Module) -> list[Tensor]:
+        return [each.weight for each in module.modules() if isinstance(each, nn.Linear)]
+
+    return Sizes(
+        denoiser=number * num_parameters(denoiser),
+        linear=number * sum(weight.numel() for weight in linear(denoiser)),
+        block=max(map(num_parameters, blocks)),
+        lora=number * sum(sum(weight.shape) for block in blocks for weight in linear(block)),
+        encoders=sum(num_parameters(encoder.build()) for encoder in encoders(preset)),
+        vae=num_parameters(preset.vae.build()),
+    )
+
+
+def encoders(preset: Preset) -> list[Network]:
+    """The text encoders, and the image encoder if there is one."""
+    return [*preset.text_encoders, *([] if preset.image_encoder is None else [preset.image_encoder])]
+
+
+@cache
+def count_costs(name: str) -> Costs:
+    """What a preset's pieces of work cost."""
+    preset = find_preset(name)
+    depths = [preset.denoiser.config[entry] for entry in preset.denoiser.depth]
+    frames = preset.latent_shape[1]
+    steady = (lambda cost: at_depth(cost, [frames], least=3)) if preset.vae_streams else (lambda cost: cost(frames))
+    return Costs(
+        call=at_depth(lambda *shallow: call_cost(preset, *shallow), depths),
+        training=at_depth(lambda *shallow: training_cost(preset, *shallow), depths),
+        text=text_cost(preset),
+        encode=Cost() if preset.image_encoder is None else steady(lambda number: encode_cost(preset, number)),
+        decode=steady(lambda number: decode_cost(preset, number)),
+    )
+
+
+def shallow_denoiser(preset: Preset, depths: tuple[int, ...]) -> nn.Module:
+    """The denoiser with other numbers of blocks."""
+    return preset.denoiser.build(**dict(zip(preset.denoiser.depth, depths, strict=True)))
+
+
+@torch.no_grad()
+def call_cost(preset: Preset, *depths: int) -> Cost:
+    """The cost of one denoiser call with these numbers of blocks."""
+    denoiser, call, latents = shallow_denoiser(preset, depths), preset.call(), meta(*preset.state_shape)
+    known = [*denoiser.parameters(), *call.tensors.values(), latents]
+    return measure(lambda: replay(denoiser, call, latents), known=known)
+
+
+def training_cost(preset: Preset, *depths: int) -> Cost:
+    """The cost of one iteration on one clip, features always taken from the last block.
+
+    Everything is in bfloat16, as under autocast; gradients of weights are dropped as soon as they are there. The way
+    back through the teacher and the one through the student are two phases: their peaks grow differently with depth.
+    """
+    student = Student({"transformer": shallow_denoiser(preset, depths)}, lora_rank=None, gradient_checkpointing=True)
+    nn.Module.to(student, torch.bfloat16)
+    call, sigmas = preset.call(), torch.linspace(1, 0, 3)
+    states = meta(3, *preset.state_shape, dtype=torch.float32)
+    batch = TrajectoryBatch(states, (call, call), ("transformer",) * 2, ("",), (0,))
+    with torch.device("meta"), metered():
+        discriminator = Discriminator(student, sigmas, batch)
+    trained, heads = list(student.parameters()), list(discriminator.heads.parameters())
+    for parameter in (*trained, *heads):
+        parameter.register_post_accumulate_grad_hook(lambda each: setattr(each, "grad", None))
+    loss, held = ADVERSARIAL_LOSSES["nonsaturating"], []
+
+    def paired() -> None:
+        paired_loss(student, batch, sigmas, 0).mean().backward(inputs=trained)
+
+    def features() -> None:  # student's step and teacher's features, and back to the student's latents
+        latents = student_step(student, batch, states[:, 0], sigmas, 0)
+        logits = discriminator.logits(discriminator.features(latents, batch, 0), 0)
+        held.append((latents, *torch.autograd.grad(loss.generator(logits).mean(), latents)))
+
+    def rollout() -> None:
+        latents, gradient = held.pop()
+        latents.backward(gradient, inputs=trained)
+
+    def judge() -> None:
+        with torch.no_grad():
+            real = discriminator.features(states[:, 1], batch, 0)
+        real_logits, fake_logits = discriminator.logits(torch.cat([real, real]), 0).chunk(2)
+        loss.head(real_logits, fake_logits).mean().backward(inputs=heads)
+
+    teacher = student.teachers["transformer"].parameters()
+    return measure(paired, features, rollout, judge, known=[*trained, *teacher, *heads, states, *call.tensors.values()])
+
+
+def text_cost(preset: Preset) -> Cost:
+    """The cost of all encoders: two operations for each weight and token, the guidance's prompt included."""
+    prompts = 1 if preset.guidance == "embedded" else 2
+    total = Cost()
+    for encoder in encoders(preset):
+        network: Any = encoder.build()
+        weights = num_parameters(network) - network.get_input_embeddings().weight.numel()
+        tokens, times = (257, 1) if encoder is preset.image_encoder else (preset.num_text_tokens, prompts)
+        total = total.plus(Cost(matmul=2.0 * weights * tokens), times)
+    return total
+
+
+@torch.no_grad()
+def decode_cost(preset: Preset, num_frames: int) -> Cost:
+    """The cost of decoding this many latent frames.
+
+    Where the VAE decodes in tiles, one is counted, and taken as often as tiles cover the frame's area: their overlaps
+    are decoded twice.
+    """
+    vae: Any = preset.vae.build()
+    channels, _, height, width = preset.latent_shape
+    area = 1.0
+    if preset.vae_tiling:
+        tile = vae.tile_sample_min_height // preset.space_stride
+        stride = vae.tile_sample_stride_height // preset.space_stride
+        area = covered(height, tile, stride) * covered(width, tile, stride) / tile**2
+        height = width = tile
+    latents = meta(channels, num_frames, height, width)
+    cost = measure(lambda: vae.decode(latents, return_dict=False), known=[*vae.parameters(), latents])
+    return Cost(cost.matmul * area, cost.attention * area, cost.peaks)
+
+
+def covered(length: int, tile: int, stride: int) -> int:
+    """The summed length of the tiles that cover a length, the last ones cut short."""
+    return sum(min(tile, length - start) for start in range(0, length, stride))
+
+
+@torch.no_grad()
+def encode_cost(preset: Preset, num_frames: int) -> Cost:
+    """The cost of encoding a clip of this many latent frames."""
+    vae: Any = preset.vae.build()
+    clip = meta(3, (num_frames - 1) * preset.time_stride + 1, preset.height, preset.width)
+    return measure(lambda: vae.encode(clip, return_dict=False), known=[*vae.parameters(), clip])
+
+
+def denoiser_seconds(cost: Cost, gpu: GpuModel) -> float:
+    """Seconds of work of the denoiser on one GPU."""
+    return (cost.matmul / MATMUL_SHARE + cost.attention / ATTENTION_SHARE) / gpu.peak_flops
+
+
+def video_seconds(preset: Preset, costs: Costs, gpu: GpuModel, num_calls: int) -> Seconds:
+    """Seconds of one video with this number of denoiser calls."""
+    return Seconds(
+        encoding=denoiser_seconds(costs.text, gpu) + costs.encode.flops / VAE_SHARE / gpu.peak_flops,
+        denoising=num_calls * denoiser_seconds(costs.call, gpu),
+        decoding=costs.decode.flops / VAE_SHARE / gpu.peak_flops,
+    )
+
+
+def trajectory_bytes(preset: Preset) -> int:
+    """Bytes of a trajectory's tensors on disk: K + 1 float32 states, and the arguments of the K calls.
+
+    Arguments are stored once, but for the timestep, which differs between the calls.
+    """
+    call = preset.call()
+    arguments = call.tensors | ({} if call.condition is None else {"hidden_states": call.condition})
+    stored = sum(
+        tensor.nbytes * (preset.num_student_steps if name == "timestep" else 1) for name, tensor in arguments.items()
+    )
+    return meta(preset.num_student_steps + 1, *preset.state_shape, dtype=torch.float32).nbytes + stored
+
+
+def distilling_bytes(sizes: Sizes, costs: Costs, config: PlanConfig, base: str | None) -> dict[str, float]:
+    """Peak memory of a GPU that distills one clip at a time: alone, or with all states sharded over the GPUs.
+
+    A sharded network gathers the block it is at and the next.
+
+    Args:
+        sizes: of the networks.
+        costs: of an iteration.
+        config: number of GPUs and rank.
+        base: type of the frozen base's linear weights under a LoRA; None trains all weights.
+    """
+    if base is None:
+        states = FULL_STATE_BYTES * sizes.denoiser
+    else:
+        frozen = BASE_BYTES[base] * sizes.linear + 2.0 * (sizes.denoiser - sizes.linear)
+        states = frozen + LORA_STATE_BYTES * config.lora_rank * sizes.lora
+    gathered = 2 * 2.0 * sizes.block
+    sharded = states / config.num_gpus + gathered if config.num_gpus > 1 else states
+    return {"one_gpu": states + costs.training.peak, "sharded": sharded + costs.training.peak}
+
+
+def plan(config: PlanConfig) -> dict[str, Any]:
+    """The plan of a preset, shown as a table on stderr.
+
+    Returns:
+        Operations, parameters, bytes, seconds, hours and speed-ups, by what they are of.
+    """
+    preset, gpu = find_preset(config.preset), GPUS[config.gpu]
+    console = Console(stderr=True)
+    with console.status("counting operations on the meta device"):
+        sizes, costs = count_parameters(config.preset), count_costs(config.preset)
+    recipe = paper(Path(), Path())
+    num_samples = recipe.num_iterations * recipe.batch_size
+    num_trajectories = config.num_trajectories or num_samples
+
+    teacher = video_seconds(preset, costs, gpu, preset.num_steps * preset.calls_per_step)
+    student = video_seconds(preset, costs, gpu, preset.num_student_steps)
+    lora_training = replace(costs.training, matmul=costs.training.matmul - 2 * costs.call.matmul)  # two passes, no weights' gradients
+    gpu_seconds = {
+        "recording": num_trajectories * (teacher.encoding + teacher.denoising),
+        "distilling_full": num_samples * denoiser_seconds(costs.training, gpu),
+        "distilling_lora": num_samples * denoiser_seconds(lora_training, gpu),
+    }
+    loaded = 2.0 * (sizes.denoiser + sizes.encoders + sizes.vae)
+    doubled = 2 if preset.guidance == "doubled batch" else 1
+    kinds = {"full": None} | {f"lora_{base}_base": base for base in BASE_BYTES}
+    result = {
+        "preset": config.preset,
+        "teacher": preset.teacher,
+        "gpu": gpu.name,
+        "num_gpus": config.num_gpus,
+        "num_trajectories": num_trajectories,
+        "clip": {name: getattr(preset, name) for name in ("height", "width", "num_frames", "fps")},
+        "num_steps": preset.num_steps,
+        "num_student_steps": preset.num_student_steps,
+        "denoiser_calls": {
+            "teacher": preset.num_steps * preset.calls_per_step,
+            "student": preset.num_student_steps,
+        },
+        "parameters": {name: getattr(sizes, name) for name in ("denoiser", "encoders", "vae")}
+        | {"lora": config.lora_rank * sizes.lora},
+        "flops": {
+            "denoiser_call": costs.call.flops,
+            "denoiser_call_matmul": costs.call.matmul,
+            "denoiser_call_attention": costs.call.attention,
+            "training_sample": costs.training.flops,
+            "decoding": costs.decode.flops,
+        },
+        "bytes": {
+            "gpu": gpu.memory,
+            "recording": loaded + doubled * max(costs.call.peak, costs.encode.peak),
+            "generating": loaded + max(doubled * costs.call.peak, costs.decode.peak),
+            "distilling": {name: distilling_bytes(sizes, costs, config, base) for name, base in kinds.items()},
+            "trajectory": trajectory_bytes(preset),
+            "trajectories": num_trajectories * trajectory_bytes(preset),
+        },
+        "seconds_per_video": {"teacher": asdict(teacher), "student": asdict(student)},
+        "hours": {name: value / config.num_gpus / 3600 for name, value in gpu_seconds.items()},
+        "speedup": {
+            "denoising": teacher.denoising / student.denoising,
+            "end_to_end": teacher.total / student.total,
+        },
+    }
+    show(console, result)
+    return result
+
+
+def show(console: Console, result: dict[str, Any]) -> None:
+    """Draw a plan as tables."""
+    clip, flops, size = result["clip"], result["flops"], result["parameters"]
+    seconds, hours, memory = result["seconds_per_video"], result["hours"], result["bytes"]
+    console.print(f"[bold]{result['preset']}[/bold]  {result['teacher']}", highlight=False)
+    console.print(
+        f"{clip['width']}x{clip['height']} pixels, {clip['num_frames']} frames, {clip['fps']} a second; "
+        f"parameters: denoiser {size['denoiser'] / 1e9:.2f} B, encoders {size['encoders'] / 1e9:.2f} B, "
+        f"VAE {size['vae'] / 1e9:.2f} B, LoRA {size['lora'] / 1e6:.0f} M\n"
+        f"a denoiser call: {flops['denoiser_call'] / 1e12:,.0f} TFLOP, "
+        f"{flops['denoiser_call_attention'] / flops['denoiser_call']:.0%} of it attention",
+        highlight=False,
+    )
+
+    videos = Table("one video, one " + result["gpu"], title_justify="left")
+    for name in ("steps", "calls", "encoding s", "denoising s", "decoding s", "total s"):
+        videos.add_column(name, justify="right")
+    steps = {"teacher": result["num_steps"], "student": result["num_student_steps"]}
+    for name, parts in seconds.items():
+        total = sum(parts.values())
+        numbers = [f"{value:,.1f}" for value in (*parts.values(), total)]
+        videos.add_row(name, str(steps[name]), str(result["denoiser_calls"][name]), *numbers)
+    speedup = result["speedup"]
+    videos.add_row("speed-up", "", "", "", f"{speedup['denoising']:.1f}x", "", f"{speedup['end_to_end']:.1f}x")
+    console.print(videos)
+
+    def gib(value: float) -> str:
+        color = "red" if value > memory["gpu"] else "green"
+        return f"[{color}]{value / 1024**3:,.0f}[/{color}]"
+
+    peaks = Table("peak memory of a GPU, one clip at a time")
+    peaks.add_column("alone, GiB", justify="right")
+    peaks.add_column(f"sharded over {result['num_gpus']}, GiB", justify="right")
+    for name in ("recording", "generating"):
+        peaks.add_row(name, gib(memory[name]), "")
+    for name, value in memory["distilling"].items():
+        peaks.add_row(f"distilling, {name.replace('_', ' ')}", gib(value["one_gpu"]), gib(value["sharded"]))
+    console.print(peaks)
+
+    work = Table(f"on {result['num_gpus']} x {result['gpu']}")
+    work.add_column("hours", justify="right")
+    work.add_column("disk", justify="right")
+    disk = f"{memory['trajectories'] / 1e12:,.2f} TB ({memory['trajectory'] / 1e6:,.0f} MB each)"
+    work.add_row(f"recording {result['num_trajectories']:,} trajectories", f"{hours['recording']:,.1f}", disk)
+    work.add_row("distilling, full", f"{hours['distilling_full']:,.1f}", "")
+    work.add_row("distilling, LoRA", f"{hours['distilling_lora']:,.1f}", "")
+    console.print(work)
+    console.print("An estimate, not a measurement: docs/plan.md says how far off it is.", style="dim")
