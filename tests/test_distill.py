@@ -3,12 +3,13 @@ import math
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -19,7 +20,16 @@ from torch import Tensor, nn
 from accvideo.call import DenoiserCall
 from accvideo.checkpoint import read_metrics
 from accvideo.discriminator import Discriminator
-from accvideo.distill import MAX_SKIPPED, PRESETS, DistillConfig, distill, set_learning_rates, start_training, train
+from accvideo.distill import (
+    MAX_SKIPPED,
+    PRESETS,
+    DistillConfig,
+    distill,
+    load_denoisers,
+    set_learning_rates,
+    start_training,
+    train,
+)
 from accvideo.flow import euler_step, shifted_sigmas
 from accvideo.student import Student, load_student
 from accvideo.training import Rollouts, Training, accumulate, update
@@ -89,8 +99,9 @@ def sigmoid(value: float) -> float:
     return 1 / (1 + math.exp(-value))
 
 
-@pytest.mark.parametrize("alternating", [True, False])
-def test_the_updates_are_those_of_algorithm_1_in_its_order(alternating: bool):
+@pytest.mark.parametrize("how", ["alternating", "joint", "shared"])
+def test_the_updates_are_those_of_algorithm_1_in_its_order(how: Literal["alternating", "joint", "shared"]):
+    """And those of its cheaper variants."""
     weight, rate, head_rate, sigmas = 0.5, 0.1, 0.2, [1.0, 0.6, 0.0]
     config = DistillConfig(
         **ANYWHERE,
@@ -100,7 +111,7 @@ def test_the_updates_are_those_of_algorithm_1_in_its_order(alternating: bool):
         head_learning_rate=head_rate,
         adversarial_weight=weight,
         max_gradient_norm=1e9,
-        update="alternating" if alternating else "joint",
+        update=how,
     )
     training = toy_training(config)
     seen: list[list[float]] = []
@@ -121,13 +132,17 @@ def test_the_updates_are_those_of_algorithm_1_in_its_order(alternating: bool):
         states = toy_batch(iteration).states.flatten(1)
         targets = ((states[:, k + 1] - states[:, k]) / gap).tolist()
         gradient = sum(2 * (theta - target) for target in targets) / 2
-        if alternating:
+        if how == "alternating":
             theta -= rate * gradient
         if k == 0:  # fresh noise, and the record whose latents are the real ones throughout the sweep
-            latents, record = torch.randn(2, 1, 1, generator=noise_source).flatten().tolist(), states
+            fresh, record = torch.randn(2, 1, 1, generator=noise_source).flatten().tolist(), states
+            latents = record[:, 0].tolist() if how == "shared" else fresh
+        if how == "shared":  # the target leads from where the student is to the record's next state
+            pairs = zip(latents, record[:, k + 1].tolist(), strict=True)
+            gradient = sum(2 * (theta - (real - value) / gap) for value, real in pairs) / 2
         latents = [value + gap * theta for value in latents]
         adversarial = weight * sum(-sigmoid(-heads[k] * fake) * heads[k] * gap for fake in latents) / 2
-        theta -= rate * (adversarial if alternating else gradient + adversarial)
+        theta -= rate * (adversarial if how == "alternating" else gradient + adversarial)
         real = record[:, k + 1].tolist()
         pushes = sum(sigmoid(heads[k] * fake) * fake for fake in latents) - sum(
             sigmoid(-heads[k] * x) * x for x in real
@@ -366,6 +381,40 @@ def test_weight_0_leaves_the_adversarial_half_out(folder: TrajectoryFolder, tmp_
     distill(tiny_config(folder, tmp_path / "student", adversarial_weight=0, full=True))
     assert not any("head_loss" in line for line in read_metrics(tmp_path / "student/metrics.jsonl"))
     assert not any(name.startswith("heads") for name in tensors_of(tmp_path / "student"))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_lora_is_trained_on_a_quantized_base(folder: TrajectoryFolder, tmp_path: Path, checkpointing: bool):
+    """Frozen weights take a byte each, those that train stay float32, and it learns as without; full weights cannot."""
+    pytest.importorskip("torchao")
+    denoisers = load_denoisers(folder.manifest, "int8")
+    student = Student(denoisers, lora_rank=2)
+    linear: Any = denoisers["transformer"].get_submodule("blocks.0.attn1.to_q.base_layer")
+    assert linear.weight.qdata.dtype == torch.int8
+    assert {parameter.dtype for parameter in student.trained().values()} == {torch.float32}
+
+    lines = []
+    for name, quantization in {"plain": None, "int8": "int8"}.items():
+        settings = {"quantization": quantization, "gradient_checkpointing": checkpointing, "learning_rate": 3e-3}
+        distill(tiny_config(folder, tmp_path / name, num_iterations=10, **settings))
+        lines.append([line for line in metrics_of(tmp_path / name) if "keypoint" in line])
+    assert tensors_of(tmp_path / "int8").keys() == tensors_of(tmp_path / "plain").keys()
+    for plain, quantized in zip(*lines, strict=True):
+        assert quantized["trajectory_loss"] == pytest.approx(plain["trajectory_loss"], rel=0.05)
+        assert quantized["trajectory_loss"] != plain["trajectory_loss"]
+        assert quantized["gradient_norm"] == pytest.approx(plain["gradient_norm"], rel=0.2)
+    load_student(tmp_path / "int8")
+
+
+def test_quantization_that_cannot_be_is_refused_before_anything_is_written(
+    folder: TrajectoryFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with pytest.raises(UserError, match="quantized weights cannot be trained"):
+        tiny_config(folder, tmp_path / "student", quantization="int8", full=True)
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(UserError, match="pip install torchao"):
+        distill(tiny_config(folder, tmp_path / "student", quantization="int8"))
+    assert not (tmp_path / "student").exists()
 
 
 def test_gradient_checkpointing_bfloat16_and_two_experts_run_together(tmp_path: Path):

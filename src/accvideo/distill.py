@@ -13,6 +13,7 @@ from typing import Any, Literal
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import AdamW
 from tyro.conf import Positional
 
+from accvideo.acceleration import Quantization, quantization_config, stored_fingerprint
 from accvideo.checkpoint import MetricsLog, read_metrics
 from accvideo.discriminator import Discriminator
 from accvideo.losses import ADVERSARIAL_LOSSES, Logits, trajectory_loss
@@ -32,6 +34,7 @@ from accvideo.training import (
     accumulate,
     move_average,
     paired_loss,
+    rejoining_loss,
     restore,
     set_weights,
     store,
@@ -83,8 +86,9 @@ class DistillConfig:
     """Form of the adversarial loss; "saturating" is Eq. 7 of the paper read literally."""
     adversarial_start: int = 0
     """Iteration from which the adversarial half takes part; it starts with the next sweep of the key points."""
-    update: Literal["alternating", "joint"] = "joint"
-    """One student update for each of the two losses, as in Algorithm 1, or one for their sum."""
+    update: Literal["alternating", "joint", "shared"] = "joint"
+    """One student update for each of the two losses, as in Algorithm 1; or one for their sum; or one for the sum of
+    both losses of one and the same step, whose rollout starts from the record's own noise: a third less work."""
     shared_head: bool = False
     """One discriminator head for all key points (ablation c of the paper) instead of one each."""
     head_kernel: Literal[1, 3] = 1
@@ -106,6 +110,8 @@ class DistillConfig:
     """Iterations between checkpoints."""
     gradient_checkpointing: bool = False
     """Keep less for the backward pass and compute it again: less memory, a third more time."""
+    quantization: Quantization | None = None
+    """Of the frozen weights under a LoRA: int8 or float8 (one byte each, torchao), nf4 (half a byte, bitsandbytes)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the denoisers' arithmetic; weights that train are float32. "auto": bfloat16 where the hardware has it."""
     device: str = "auto"
@@ -123,6 +129,11 @@ class DistillConfig:
             raise UserError(f"ema_decay is {self.ema_decay}; choose 0 (off) or a number below 1, such as 0.99")
         if (self.keep_best or self.patience) and not self.num_validation:
             raise UserError("keep_best and patience need held-out trajectories; set num_validation to 1 or more")
+        if self.full and self.quantization is not None:
+            raise UserError(
+                f"quantization is {self.quantization} and full is set: quantized weights cannot be trained\n"
+                "Leave out --full to train a LoRA on top of them, or leave out --quantization"
+            )
 
 
 def paper(data: Path, out: Path) -> DistillConfig:
@@ -184,7 +195,8 @@ def train(
     """
     student, discriminator, rollouts = training.student, training.discriminator, training.rollouts
     optimizer, head_optimizer = training.student_optimizer, training.head_optimizer
-    adversarial, alternating = ADVERSARIAL_LOSSES[config.adversarial_loss], config.update == "alternating"
+    adversarial = ADVERSARIAL_LOSSES[config.adversarial_loss]
+    alternating, shared = config.update == "alternating", config.update == "shared"
     clip = config.max_gradient_norm
     stream = batches(training.iteration)
     while training.iteration < config.num_iterations and not out_of_patience(config, training):
@@ -193,23 +205,29 @@ def train(
         batch = next(stream)
         set_learning_rates(config, training)
 
-        # Teacher-forced: match the teacher's mean velocity between two stored states (Eq. 6).
-        loss = paired_loss(student, batch, sigmas, keypoint).mean()
-        accumulate(loss, optimizer)
-        line = {"trajectory_loss": loss.detach()}
-
-        # Free-running: a step from latents the student made from fresh noise, judged at their own noise level (Eq. 7).
         if discriminator is not None and keypoint == 0 and iteration >= config.adversarial_start:
-            rollouts.start(batch, iteration)
-        judged = bool(rollouts.queues[keypoint])
+            rollouts.start(batch, iteration, fresh=not shared)
+        judged, line = bool(rollouts.queues[keypoint]), dict[str, Tensor]()
+
+        # Teacher-forced: match the teacher's mean velocity between two stored states (Eq. 6).
+        if not (judged and shared):
+            loss = paired_loss(student, batch, sigmas, keypoint).mean()
+            accumulate(loss, optimizer)
+            line["trajectory_loss"] = loss.detach()
         if alternating or not judged:
             line["gradient_norm"] = update(optimizer, clip)
+
+        # Free-running: a step from latents the student made from noise, judged at their own noise level (Eq. 7).
         if judged:
             assert discriminator is not None and head_optimizer is not None
             rollout = rollouts.advance(student, sigmas, keypoint)
             fake_features = discriminator.features(rollout.latents, rollout.batch, keypoint)
             generator_loss = adversarial.generator(discriminator.logits(fake_features, keypoint)).mean()
-            accumulate(config.adversarial_weight * generator_loss, optimizer)
+            loss = config.adversarial_weight * generator_loss
+            if shared:
+                rejoining = rejoining_loss(rollout, sigmas, keypoint).mean()
+                loss, line["trajectory_loss"] = loss + rejoining, rejoining.detach()
+            accumulate(loss, optimizer)
             line["adversarial_gradient_norm" if alternating else "gradient_norm"] = update(optimizer, clip)
 
             with torch.no_grad():
@@ -320,6 +338,8 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     folder = TrajectoryFolder(config.data)
     manifest, config = folder.manifest, resolved(config)
     console = Console(stderr=True)
+    if config.quantization is not None:
+        quantization_config(config.quantization)
     claim_folder(config, manifest)
     metrics_path = config.out / "metrics.jsonl"
     if (config.out / "student.json").exists():
@@ -340,7 +360,8 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     chunks = [kept_out[start : start + config.batch_size] for start in range(0, len(kept_out), config.batch_size)]
     held_out = [to_device(collate_trajectories([folder[i] for i in chunk]), config.device) for chunk in chunks]
     sigmas = manifest.key_sigmas
-    training = start_training(config, load_denoisers(manifest), sigmas, next(batches(0)))
+    denoisers = load_denoisers(manifest, config.quantization)
+    training = start_training(config, denoisers, sigmas, next(batches(0)))
     restore(config.out / "checkpoints", training, batches)
 
     with MetricsLog(metrics_path, training.iteration) as metrics, progress_bar(console, config, training) as show:
@@ -412,22 +433,28 @@ def arithmetic(device_type: str, precision: str) -> Iterator[None]:
         yield
 
 
-def load_denoisers(manifest: Manifest) -> dict[str, nn.Module]:
+def load_denoisers(manifest: Manifest, quantization: Quantization | None = None) -> dict[str, nn.Module]:
     """The teacher's denoisers, and nothing else of its pipeline, in the type they were recorded in.
 
+    Args:
+        manifest: of the data set.
+        quantization: of their linear weights; None: as recorded.
+
     Raises:
-        UserError: the teacher cannot be loaded, or is not the recorded one.
+        UserError: the teacher cannot be loaded, or is not the recorded one; what quantization takes is missing.
     """
-    name = teacher_path(manifest.teacher) or manifest.teacher
     dtype, found = getattr(torch, manifest.dtype), {}
+    options = {} if quantization is None else {"quantization_config": quantization_config(quantization, dtype)}
+    own_fingerprint = fingerprint if quantization is None else stored_fingerprint
     try:
-        components: Any = DiffusionPipeline.load_config(name, revision=manifest.revision)
+        folder = denoisers_folder(manifest)
+        components: Any = DiffusionPipeline.load_config(folder)
         for component, recorded in manifest.fingerprints.items():
             denoiser_class = getattr(diffusers, components[component][1])
             found[component] = denoiser_class.from_pretrained(
-                name, subfolder=component, revision=manifest.revision, torch_dtype=dtype, use_safetensors=True
+                folder / component, torch_dtype=dtype, use_safetensors=True, **options
             )
-            if fingerprint(found[component]) != recorded:
+            if own_fingerprint(found[component]) != recorded:
                 raise UserError(
                     f"the data set was recorded with another teacher than {manifest.teacher} is now\n"
                     f"Its {component} differs; use the data set with its own teacher, or record again"
@@ -436,6 +463,14 @@ def load_denoisers(manifest: Manifest) -> dict[str, nn.Module]:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"cannot load the data set's teacher {manifest.teacher}: {reason}") from error
     return found
+
+
+def denoisers_folder(manifest: Manifest) -> Path:
+    """The folder of the teacher's pipeline; of one from the hub, only the denoisers are fetched."""
+    if (path := teacher_path(manifest.teacher)) is not None:
+        return path
+    wanted = ["model_index.json", *(f"{component}/*" for component in manifest.fingerprints)]
+    return Path(snapshot_download(manifest.teacher, revision=manifest.revision, allow_patterns=wanted))
 
 
 def resolved(config: DistillConfig) -> DistillConfig:

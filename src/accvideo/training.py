@@ -31,6 +31,17 @@ def paired_loss(student: Student, batch: TrajectoryBatch, sigmas: Sigmas, keypoi
     return trajectory_loss(velocity, target)
 
 
+def rejoining_loss(rollout: "Rollout", sigmas: Sigmas, keypoint: int) -> PerSample:
+    """The trajectory loss of a rollout's last step, from a key point to the next, with a target off the trajectory.
+
+    The rollout began at its record's own noise, and has left the record's states since. The target leads from where the
+    student was back to the record's next state.
+    """
+    sigma, next_sigma = levels(sigmas, keypoint)
+    # Two velocities from the same latents differ by the difference of where they lead to, over the gap.
+    return trajectory_loss(rollout.latents, rollout.batch.states[:, keypoint + 1]) / (next_sigma - sigma) ** 2
+
+
 def student_step(student: Student, batch: TrajectoryBatch, latents: Latents, sigmas: Sigmas, keypoint: int) -> Latents:
     """The student's latents at the next key point."""
     velocity = student.velocity(batch.denoisers[keypoint], batch.calls[keypoint], latents)
@@ -66,7 +77,7 @@ def update(optimizer: Optimizer, max_norm: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Rollout:
-    """Latents that the student made from fresh noise, with the records whose prompts they follow."""
+    """Latents that the student made from noise, with the records whose prompts they follow."""
 
     latents: Latents
     batch: TrajectoryBatch
@@ -84,11 +95,12 @@ class Rollouts:
         self.queues: list[deque[Rollout]] = [deque() for _ in range(num_student_steps)]
         self.generator = torch.Generator().manual_seed(seed)
 
-    def start(self, batch: TrajectoryBatch, number: int) -> None:
-        """Queue fresh noise for the prompts of a batch: the records' own noise belongs to the trajectory loss."""
+    def start(self, batch: TrajectoryBatch, number: int, fresh: bool = True) -> None:
+        """Queue noise for the prompts of a batch: fresh, or the records' own, from which the teacher set out."""
         noise = batch.states[:, 0]
-        fresh = torch.randn(noise.shape, generator=self.generator).to(noise.device)
-        self.queues[0].append(Rollout(fresh, batch, number))
+        if fresh:
+            noise = torch.randn(noise.shape, generator=self.generator).to(noise.device)
+        self.queues[0].append(Rollout(noise, batch, number))
 
     def advance(self, student: Student, sigmas: Sigmas, keypoint: int) -> Rollout:
         """Take the oldest latents at a key point one student step on; only this step has a gradient."""
