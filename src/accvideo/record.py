@@ -65,7 +65,10 @@ OWN_ARGUMENTS = ("prompt", "generator", "num_inference_steps", "output_type", "r
 
 @dataclass(frozen=True, kw_only=True)
 class RecordConfig:
-    """Records the teacher's denoising trajectories on the prompts of a file."""
+    """Records the teacher's denoising trajectories on the prompts of a file.
+
+    `--preset NAME`, such as wan21-t2v-14b, starts from a released teacher and its settings; a wrong name lists them all.
+    """
 
     teacher: tyro.conf.Positional[str]
     """`playground`, a folder that diffusers saved, or a hub id."""
@@ -88,6 +91,10 @@ class RecordConfig:
     """In pixels; the pipeline's own by default."""
     num_frames: int | None = None
     """The pipeline's own by default."""
+    fps: int | None = None
+    """Frames a second the clips are meant for; the pipeline's own by default."""
+    shift: float | None = None
+    """Of the noise levels towards noise: `shift` or `flow_shift` of the scheduler; as the teacher has it by default."""
     seed: int = 0
     """With an item's number, it makes the item's noise."""
     num_trajectories: int | None = None
@@ -119,6 +126,8 @@ def record(config: RecordConfig) -> dict[str, Any]:
     prompts = read_prompt_file(config.prompts)
     check_folder(config.out)
     pipeline = load_pipeline(config.teacher, getattr(torch, config.dtype), choose_device(config.device))
+    if config.shift is not None:
+        set_shift(pipeline, config.shift)
     check_scheduler(pipeline)
     defaults = pipeline_defaults(config.teacher)
     arguments = call_arguments(pipeline, config, defaults)
@@ -198,6 +207,23 @@ def items_arguments(
         **load_media(arguments),
         **load_media(chosen[0].arguments, chosen[0].folder),  # the only one that has any: see `check_prompts`
     }
+
+
+def set_shift(pipeline: DiffusionPipeline, shift: float) -> None:
+    """Gives the pipeline a scheduler like its own with another shift of the noise levels.
+
+    Raises:
+        UserError: its noise levels have no shift that can be set.
+    """
+    settings: Any = pipeline.scheduler.config
+    name = next((name for name in ("flow_shift", "shift") if name in settings), None)
+    if name is None or settings.get("use_dynamic_shifting") or shift <= 0:
+        raise UserError(
+            f"shift is {shift}: it must be positive, and {type(pipeline.scheduler).__name__} must have one of its own\n"
+            f"{type(pipeline).__name__} may compute it from the size; leave --shift out then"
+        )
+    scheduler_class: Any = type(pipeline.scheduler)
+    pipeline.register_modules(scheduler=scheduler_class.from_config(settings, **{name: shift}))
 
 
 def check_folder(folder: Path) -> None:
@@ -354,7 +380,7 @@ def make_manifest(
         height=used("height"),
         width=used("width"),
         num_frames=used("num_frames"),
-        fps=defaults.get("fps") or used("frame_rate") or used("fps") or DEFAULT_FPS,
+        fps=config.fps or defaults.get("fps") or used("frame_rate") or used("fps") or DEFAULT_FPS,
         pipeline_args={
             name: value
             for name, value in arguments.items()
