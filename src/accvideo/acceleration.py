@@ -175,7 +175,7 @@ def joined_processes(kind: ContextParallel) -> Iterator[bool]:
     """Joins the processes that torchrun started; yields whether this is the first one, which writes the files.
 
     Raises:
-        UserError: torchrun did not start this process, or it started only one.
+        UserError: torchrun did not start this process, it started only one, or there are no accelerators.
     """
     if kind == "none":
         yield True
@@ -185,6 +185,8 @@ def joined_processes(kind: ContextParallel) -> Iterator[bool]:
             f"--context-parallel {kind} shares the tokens of a video between several accelerators; start it with\n"
             "torchrun --nproc-per-node 4 --local-ranks-filter 0 --no-python accvideo generate ..."
         )
+    if not torch.accelerator.device_count():
+        raise UserError(f"--context-parallel {kind} takes several accelerators, and none was found")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group()
