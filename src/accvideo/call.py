@@ -247,7 +247,8 @@ def replay(denoiser: nn.Module, call: DenoiserCall, latents: Latents) -> Latents
         for name, tensor in (call.tensors | call.shared).items()
     }
     arguments = unflatten(entries) | call.constants | {"return_dict": False}
-    velocity = denoiser(hidden_states=hidden_states, **arguments)[0][own].float()
+    output = denoiser(hidden_states=hidden_states, **arguments)
+    velocity = (output if isinstance(output, Tensor) else output[0])[own].float()
     return velocity.transpose(1, 2).reshape(latents.shape) if packed else velocity
 
 

@@ -34,12 +34,12 @@ from accvideo.teacher import (
     Approach,
     Watch,
     approach,
+    batch_arguments,
     check_scheduler,
     denoisers,
     fingerprint,
     guidance_arguments,
     has_guider,
-    item_generator,
     load_pipeline,
     pipeline_defaults,
     provenance,
@@ -202,8 +202,7 @@ def items_arguments(
     """The arguments of the pipeline's call that makes these items."""
     chosen = [prompts[index % len(prompts)] for index in items]
     return {
-        "prompt": [prompt.text for prompt in chosen],
-        "generator": [item_generator(config.seed, index) for index in items],
+        **batch_arguments([prompt.text for prompt in chosen], config.seed, items),
         **load_media(arguments),
         **load_media(chosen[0].arguments, chosen[0].folder),  # the only one that has any: see `check_prompts`
     }
@@ -341,7 +340,7 @@ def make_manifest(
     try:
         two = approach(pipeline, config.num_steps, **items_arguments(config, arguments, prompts, [0, len(prompts)]))
         shared = shared_arguments(many.arguments, two.arguments)
-    except (UserError, RuntimeError):  # one image, one video
+    except Exception:  # pipelines that take one image or video a call say so in many ways
         shared = []
     (key_sigmas, key_timesteps), (sigmas, timesteps) = ((each.sigmas, each.timesteps) for each in (few, many))
     if len(sigmas) != config.num_steps + 1:

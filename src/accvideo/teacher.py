@@ -4,7 +4,7 @@ import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,6 +118,20 @@ def item_generator(seed: int, index: int) -> torch.Generator:
     """The source of noise of item `index`: depends on both numbers and nothing else."""
     digest = hashlib.sha256(f"{seed}:{index}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def batch_arguments(prompts: Sequence[str], seed: int, indices: Sequence[int]) -> dict[str, Any]:
+    """Prompts and noise of the items of a pipeline's call; a single one is no list, which some pipelines refuse.
+
+    Args:
+        prompts: one an item.
+        seed: of all noise.
+        indices: numbers of the items.
+    """
+    generators = [item_generator(seed, index) for index in indices]
+    if len(prompts) == 1:
+        return {"prompt": prompts[0], "generator": generators[0]}
+    return {"prompt": list(prompts), "generator": generators}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,497 @@
+"""Every kind of video pipeline that accvideo works with, tiny, with random weights: no download.
+
+Text encoders and tokenizers are made on the spot. A clip has 16x16 or 32x32 pixels and 5 to 9 frames.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AnyFlowPipeline,
+    AnyFlowTransformer3DModel,
+    AutoencoderKLHunyuanVideo15,
+    ChronoEditPipeline,
+    ChronoEditTransformer3DModel,
+    ClassifierFreeGuidance,
+    FlowMapEulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HunyuanSkyreelsImageToVideoPipeline,
+    HunyuanVideo15ImageToVideoPipeline,
+    HunyuanVideo15Pipeline,
+    HunyuanVideo15Transformer3DModel,
+    HunyuanVideoImageToVideoPipeline,
+    HunyuanVideoTransformer3DModel,
+    Kandinsky5I2VPipeline,
+    Kandinsky5T2VPipeline,
+    Kandinsky5Transformer3DModel,
+    LTXImageToVideoPipeline,
+    LucyEditPipeline,
+    SanaImageToVideoPipeline,
+    SanaVideoPipeline,
+    SanaVideoTransformer3DModel,
+    SkyReelsV2ImageToVideoPipeline,
+    SkyReelsV2Pipeline,
+    SkyReelsV2Transformer3DModel,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanVACEPipeline,
+    WanVACETransformer3DModel,
+    WanVideoToVideoPipeline,
+)
+from transformers import (
+    ByT5Tokenizer,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLTextModel,
+    Qwen2Tokenizer,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    T5Config,
+    T5EncoderModel,
+)
+
+from tests.tiny import (
+    LETTERS,
+    TEXT_WIDTH,
+    TINY_CALL,
+    TINY_HUNYUAN_CALL,
+    flow_scheduler,
+    quiet,
+    t5_tokenizer,
+    tiny_hunyuan_pipeline,
+    tiny_image,
+    tiny_ltx_pipeline,
+    tiny_mochi_pipeline,
+    tiny_wan_i2v_pipeline,
+    tiny_wan_pipeline,
+    umt5_encoder,
+    wan_transformer,
+    wan_vae,
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A tiny pipeline and how to call it."""
+
+    make: Callable[[], Any]
+    arguments: dict[str, Any]
+    """Of its call, as JSON."""
+    media: dict[str, str] = field(default_factory=dict)
+    """Arguments that are images and videos, as names of the files that `write_media` makes."""
+    guidance_scale: float = 3.0
+    guided: dict[str, Any] = field(default_factory=dict)
+    """Further arguments when guided."""
+    num_guided_calls: int = 2
+    """Denoiser calls a step with that guidance; 1 where it is embedded."""
+
+
+def write_media(folder: Path) -> None:
+    """Writes `image.png`, of 32x32 pixels, and `video.gif`, of 5 frames."""
+    tiny_image().save(folder / "image.png")
+    first, *others = [tiny_image(seed) for seed in range(5)]
+    first.save(folder / "video.gif", save_all=True, append_images=others, duration=60)
+
+
+def clip_vision() -> tuple[CLIPVisionModelWithProjection, CLIPImageProcessor]:
+    """An image encoder of width 16, with the processor of its images."""
+    config = CLIPVisionConfig(
+        hidden_size=16, projection_dim=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16
+    )
+    return CLIPVisionModelWithProjection(config).eval(), CLIPImageProcessor(size=32, crop_size=32)
+
+
+def wan_parts(scheduler: str = "euler") -> dict[str, Any]:
+    """What the pipelines of Wan's kind have in common."""
+    torch.manual_seed(0)
+    return {
+        "tokenizer": t5_tokenizer(),
+        "text_encoder": umt5_encoder(),
+        "vae": wan_vae(),
+        "scheduler": flow_scheduler(scheduler),
+    }
+
+
+def wan_ti2v() -> WanPipeline:
+    """Wan 2.2 TI2V-5B from text: a timestep for each token."""
+    return quiet(WanPipeline(**wan_parts(), transformer=wan_transformer(), expand_timesteps=True))
+
+
+def wan_ti2v_image() -> WanImageToVideoPipeline:
+    """Wan 2.2 TI2V-5B from an image: the first frame is put in place of the state's."""
+    return quiet(WanImageToVideoPipeline(**wan_parts(), transformer=wan_transformer(), expand_timesteps=True))
+
+
+def wan_vace() -> WanVACEPipeline:
+    """Wan 2.1 VACE: a control branch."""
+    parts = wan_parts()
+    transformer = WanVACETransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=TEXT_WIDTH,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=2,
+        vace_layers=[0, 1],
+        vace_in_channels=2 * 4 + 64,
+    )
+    return quiet(WanVACEPipeline(**parts, transformer=transformer.eval()))
+
+
+def wan_video() -> WanVideoToVideoPipeline:
+    """Wan video-to-video."""
+    return quiet(WanVideoToVideoPipeline(**wan_parts("unipc"), transformer=wan_transformer()))
+
+
+def lucy() -> LucyEditPipeline:
+    """Lucy Edit: the video to edit is further channels."""
+    return quiet(LucyEditPipeline(**wan_parts(), transformer=wan_transformer(in_channels=8)))
+
+
+def skyreels_transformer(in_channels: int = 4, image_dim: int | None = None) -> SkyReelsV2Transformer3DModel:
+    """Width 24, 2 blocks."""
+    model = SkyReelsV2Transformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=in_channels,
+        out_channels=4,
+        text_dim=TEXT_WIDTH,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=2,
+        image_dim=image_dim,
+    )
+    return model.eval()
+
+
+def skyreels() -> SkyReelsV2Pipeline:
+    """SkyReels V2 T2V."""
+    return quiet(SkyReelsV2Pipeline(**wan_parts("unipc"), transformer=skyreels_transformer()))
+
+
+def skyreels_image() -> SkyReelsV2ImageToVideoPipeline:
+    """SkyReels V2 I2V."""
+    parts = wan_parts("unipc")
+    encoder, processor = clip_vision()
+    transformer = skyreels_transformer(in_channels=12, image_dim=16)
+    return quiet(
+        SkyReelsV2ImageToVideoPipeline(
+            **parts, transformer=transformer, image_encoder=encoder, image_processor=processor
+        )
+    )
+
+
+def chronoedit() -> ChronoEditPipeline:
+    """ChronoEdit: the image to edit is the first of the frames."""
+    parts = wan_parts()
+    encoder, processor = clip_vision()
+    transformer = ChronoEditTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=12,
+        out_channels=4,
+        text_dim=TEXT_WIDTH,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=2,
+        image_dim=16,
+    )
+    return quiet(
+        ChronoEditPipeline(**parts, transformer=transformer.eval(), image_encoder=encoder, image_processor=processor)
+    )
+
+
+def anyflow() -> AnyFlowPipeline:
+    """AnyFlow, asked for velocities at a point (not for means over steps)."""
+    parts = wan_parts() | {"scheduler": FlowMapEulerDiscreteScheduler()}
+    transformer = AnyFlowTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=TEXT_WIDTH,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=2,
+    )
+    return quiet(AnyFlowPipeline(**parts, transformer=transformer.eval()))
+
+
+def hunyuan_parts() -> dict[str, Any]:
+    """What the pipelines of HunyuanVideo's kind have in common."""
+    return {name: part for name, part in tiny_hunyuan_pipeline().components.items() if name != "transformer"}
+
+
+def hunyuan_transformer(in_channels: int = 4, **settings: Any) -> HunyuanVideoTransformer3DModel:
+    """Width 20, 1 double and 1 single block."""
+    model = HunyuanVideoTransformer3DModel(
+        in_channels=in_channels,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=10,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        text_embed_dim=TEXT_WIDTH,
+        pooled_projection_dim=8,
+        rope_axes_dim=(2, 4, 4),
+        **settings,
+    )
+    return model.eval()
+
+
+def hunyuan_image(condition: str) -> HunyuanVideoImageToVideoPipeline:
+    """HunyuanVideo I2V; the image is put in place of a frame (token_replace) or is further channels (latent_concat)."""
+    parts = hunyuan_parts()
+    text = LlamaConfig(
+        vocab_size=len(LETTERS) + 5,
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        pad_token_id=2,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=16, projection_dim=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16
+    )
+    llava = LlavaConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_index=len(LETTERS) + 4,
+        vision_feature_layer=-1,
+        pad_token_id=2,
+    )
+    transformer = hunyuan_transformer(
+        in_channels=4 if condition == "token_replace" else 9,
+        guidance_embeds=condition == "token_replace",
+        image_condition_type=condition,
+    )
+    parts |= {"text_encoder": LlavaForConditionalGeneration(llava).eval(), "transformer": transformer}
+    return quiet(HunyuanVideoImageToVideoPipeline(**parts, image_processor=CLIPImageProcessor(size=32, crop_size=32)))
+
+
+def hunyuan_skyreels() -> HunyuanSkyreelsImageToVideoPipeline:
+    """SkyReels' image-to-video on HunyuanVideo: guidance by two calls, on by default."""
+    parts = hunyuan_parts()
+    return quiet(HunyuanSkyreelsImageToVideoPipeline(**parts, transformer=hunyuan_transformer(8, guidance_embeds=True)))
+
+
+def ltx_image() -> LTXImageToVideoPipeline:
+    """LTX-Video I2V: the scheduler steps on the frames after the first, unpacked."""
+    return quiet(LTXImageToVideoPipeline(**tiny_ltx_pipeline().components))
+
+
+def gemma_tokenizer() -> GemmaTokenizer:
+    """One token a character."""
+    vocab = {token: index for index, token in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "▁", *LETTERS])}
+    return GemmaTokenizer(vocab=vocab, merges=[], model_max_length=64)
+
+
+def sana_parts() -> dict[str, Any]:
+    """What Sana-Video's two pipelines have in common."""
+    torch.manual_seed(0)
+    gemma = Gemma2Config(
+        vocab_size=len(LETTERS) + 5,
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    transformer = SanaVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=12,
+        cross_attention_dim=24,
+        caption_channels=TEXT_WIDTH,
+    )
+    return {
+        "tokenizer": gemma_tokenizer(),
+        "text_encoder": Gemma2Model(gemma).eval(),
+        "vae": wan_vae(),
+        "transformer": transformer.eval(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=8.0),
+    }
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """One token a byte, with a chat template that is the text itself."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>"]
+    vocab = {token: index for index, token in enumerate([*LETTERS, "Ġ", "Ċ", *special])}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], model_max_length=2048)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return tokenizer
+
+
+def qwen_text_config() -> dict[str, Any]:
+    """Width 16, 3 layers."""
+    return {
+        "vocab_size": len(LETTERS) + 8,
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
+    }
+
+
+def hunyuan_15_parts(**settings: Any) -> dict[str, Any]:
+    """What HunyuanVideo 1.5's two pipelines have in common."""
+    torch.manual_seed(0)
+    transformer = HunyuanVideo15Transformer3DModel(
+        in_channels=9,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=10,
+        num_layers=2,
+        num_refiner_layers=1,
+        text_embed_dim=TEXT_WIDTH,
+        text_embed_2_dim=TEXT_WIDTH,
+        image_embed_dim=16,
+        rope_axes_dim=(2, 4, 4),
+        target_size=64,
+        **settings,
+    )
+    vae = AutoencoderKLHunyuanVideo15(
+        latent_channels=4, block_out_channels=(8, 8, 8, 8, 8), layers_per_block=1, spatial_compression_ratio=16
+    )
+    byt5 = T5Config(
+        vocab_size=384, d_model=TEXT_WIDTH, d_kv=8, d_ff=16, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu"
+    )
+    return {
+        "text_encoder": Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(**qwen_text_config())).eval(),
+        "tokenizer": qwen_tokenizer(),
+        "transformer": transformer.eval(),
+        "vae": vae.eval(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=7.0),
+        "text_encoder_2": T5EncoderModel(byt5).eval(),
+        "tokenizer_2": ByT5Tokenizer(),
+        "guider": ClassifierFreeGuidance(guidance_scale=6.0),
+    }
+
+
+def hunyuan_15() -> HunyuanVideo15Pipeline:
+    """HunyuanVideo 1.5 T2V: guidance is a component's."""
+    return quiet(HunyuanVideo15Pipeline(**hunyuan_15_parts(task_type="t2v")))
+
+
+def hunyuan_15_image() -> HunyuanVideo15ImageToVideoPipeline:
+    """HunyuanVideo 1.5 I2V."""
+    vision = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16
+    )
+    return quiet(
+        HunyuanVideo15ImageToVideoPipeline(
+            **hunyuan_15_parts(task_type="i2v"),
+            image_encoder=SiglipVisionModel(vision).eval(),
+            feature_extractor=SiglipImageProcessor(size={"height": 32, "width": 32}),
+        )
+    )
+
+
+def kandinsky_parts(visual_cond: bool) -> dict[str, Any]:
+    """What Kandinsky 5's two video pipelines have in common."""
+    parts = hunyuan_parts()
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": TEXT_WIDTH}
+    qwen = Qwen2_5_VLConfig(text_config=qwen_text_config(), vision_config=vision)
+    transformer = Kandinsky5Transformer3DModel(
+        in_visual_dim=4,
+        out_visual_dim=4,
+        in_text_dim=TEXT_WIDTH,
+        in_text_dim2=8,
+        time_dim=16,
+        model_dim=24,
+        ff_dim=32,
+        num_text_blocks=1,
+        num_visual_blocks=2,
+        axes_dims=(4, 4, 4),
+        visual_cond=visual_cond,
+    )
+    return parts | {
+        "text_encoder": Qwen2_5_VLForConditionalGeneration(qwen).eval(),
+        "tokenizer": qwen_tokenizer(),  # released: a processor of text and images; here only text is given
+        "transformer": transformer.eval(),
+    }
+
+
+def kandinsky() -> Kandinsky5T2VPipeline:
+    """Kandinsky 5 T2V: channels last."""
+    return quiet(Kandinsky5T2VPipeline(**kandinsky_parts(visual_cond=False)))
+
+
+def kandinsky_image() -> Kandinsky5I2VPipeline:
+    """Kandinsky 5 I2V: the first frame is given, channels last."""
+    return quiet(Kandinsky5I2VPipeline(**kandinsky_parts(visual_cond=True)))
+
+
+SIZE = {"height": 32, "width": 32}
+HUNYUAN_IMAGE_TEMPLATE = {
+    "template": "{}", "crop_start": 0, "image_emb_len": 4, "image_emb_start": 1, "image_emb_end": 5
+}  # fmt: skip
+HUNYUAN_15_CALL = {"num_frames": 5, **SIZE}
+SANA_CALL = {
+    **SIZE, "frames": 5, "max_sequence_length": 16, "complex_human_instruction": None, "use_resolution_binning": False
+}  # fmt: skip
+IMAGE, VIDEO = {"image": "image.png"}, {"video": "video.gif"}
+
+FAMILIES: dict[str, Family] = {
+    "wan": Family(tiny_wan_pipeline, TINY_CALL),
+    "wan-unipc": Family(lambda: tiny_wan_pipeline("unipc"), TINY_CALL),
+    "wan-experts": Family(lambda: tiny_wan_pipeline(experts=2), TINY_CALL),
+    "wan-i2v": Family(lambda: tiny_wan_i2v_pipeline("euler"), TINY_CALL, IMAGE),
+    "wan-ti2v": Family(wan_ti2v, TINY_CALL),
+    "wan-ti2v-i2v": Family(wan_ti2v_image, TINY_CALL, IMAGE),
+    "wan-vace": Family(wan_vace, TINY_CALL, VIDEO),
+    "wan-v2v": Family(wan_video, {**SIZE, "max_sequence_length": 16, "strength": 1.0}, VIDEO),
+    "lucy": Family(lucy, TINY_CALL, VIDEO),
+    "skyreels": Family(skyreels, TINY_CALL),
+    "skyreels-i2v": Family(skyreels_image, TINY_CALL, IMAGE),
+    "hunyuan": Family(tiny_hunyuan_pipeline, TINY_HUNYUAN_CALL, num_guided_calls=1),
+    "chronoedit": Family(chronoedit, TINY_CALL, IMAGE),
+    "anyflow": Family(anyflow, {**TINY_CALL, "use_mean_velocity": False}),
+    "hunyuan-i2v": Family(
+        lambda: hunyuan_image("token_replace"),
+        {**TINY_CALL, "prompt_template": HUNYUAN_IMAGE_TEMPLATE},
+        IMAGE,
+        num_guided_calls=1,
+    ),
+    "hunyuan-i2v-concat": Family(
+        lambda: hunyuan_image("latent_concat"),
+        {**TINY_CALL, "prompt_template": HUNYUAN_IMAGE_TEMPLATE},
+        IMAGE,
+        guided={"true_cfg_scale": 6.0, "negative_prompt": "ugly"},
+    ),
+    "hunyuan-skyreels": Family(hunyuan_skyreels, TINY_HUNYUAN_CALL, IMAGE, guided={"negative_prompt": "ugly"}),
+    "hunyuan15": Family(hunyuan_15, HUNYUAN_15_CALL),
+    "hunyuan15-i2v": Family(hunyuan_15_image, {"num_frames": 5}, IMAGE),
+    "sana": Family(lambda: quiet(SanaVideoPipeline(**sana_parts())), SANA_CALL),
+    "sana-i2v": Family(lambda: quiet(SanaImageToVideoPipeline(**sana_parts())), SANA_CALL, IMAGE),
+    "kandinsky5": Family(kandinsky, TINY_CALL),
+    "kandinsky5-i2v": Family(kandinsky_image, TINY_CALL, IMAGE),
+    "ltx-i2v": Family(ltx_image, TINY_CALL, IMAGE),
+    "ltx": Family(tiny_ltx_pipeline, TINY_CALL),
+    "mochi": Family(tiny_mochi_pipeline, TINY_CALL),
+}
+"""What passes the whole chain in tests/test_families.py, by name."""
