@@ -9,27 +9,23 @@ import torch
 import tyro
 
 from accvideo.distill import DistillConfig, distill
-from accvideo.evaluate import (
-    FIRST_ITEM,
-    EvaluateConfig,
-    RowData,
-    Task,
-    choose_clips,
-    command_line,
-    evaluate,
-    flatten_verdicts,
-    is_better,
-    read_row,
-    restore_verdicts,
-    row_metrics,
-    write_batch,
-)
+from accvideo.evaluate import EvaluateConfig, choose_clips, command_line, evaluate, is_better
 from accvideo.generate import ClipBatch, Seconds, sample_clips
 from accvideo.metrics import latent_mse
 from accvideo.model import load_model, with_arguments
 from accvideo.playground.judge import diversity_distance, judge
 from accvideo.playground.world import draw, sample_prompts, scenes_of, to_uint8
 from accvideo.record import RecordConfig, record
+from accvideo.rows import (
+    FIRST_ITEM,
+    RowData,
+    Task,
+    flatten_verdicts,
+    read_row,
+    restore_verdicts,
+    row_metrics,
+    write_batch,
+)
 from accvideo.types import UserError
 from tests.recorded import record_tiny
 from tests.tiny import tiny_wan_pipeline

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from accvideo.report import ShownClip, binned, curves, log_ticks, nice_ticks, number, sprite, write_report
+from accvideo.charts import binned, log_ticks, nice_ticks
+from accvideo.report import ShownClip, curves, sprite, write_report
+from accvideo.wording import number
 
 VOID = {"meta", "input", "br"}
 

@@ -1,56 +1,31 @@
 """Stage 4: teacher and student from the same prompts and the same noise, measured, into `report/`.
 
-Each row of the report is one model run in one way. Its clips are made and measured batch by batch; what is kept of each
-batch goes to a file in `report/cache`, from which a killed evaluation goes on and from which the report is made.
+What is kept of each row goes to `report/cache`, from which a killed evaluation goes on.
 """
 
 import json
 import platform
 import shlex
-import statistics
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import tyro
 from rich.progress import Progress
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 
 from accvideo.command import choose_device, progress_bar, read_prompts
-from accvideo.generate import ClipBatch, Seconds, sample_clips
-from accvideo.metrics import (
-    Estimate,
-    bootstrap_interval,
-    deviation_interval,
-    flicker,
-    latent_mse,
-    psnr,
-    wilson_interval,
-)
-from accvideo.model import Dtype, Model, digest, load_model, student_folder
-from accvideo.playground.judge import Verdicts, diversity_distance, judge
-from accvideo.playground.world import Requests, Scenes, sample_prompts
+from accvideo.model import Dtype, Model, load_model, student_folder
+from accvideo.playground.world import sample_prompts
 from accvideo.report import ShownClip, write_report
+from accvideo.rows import NUM_SHOWN, PROPERTIES, Plan, RowData, Task, make_row, row_key, run_row
 from accvideo.student import StudentConfig, read_student_config
 from accvideo.teacher import PLAYGROUND_TEACHER, teacher_path
 from accvideo.trajectory import write_whole
 from accvideo.types import UserError
-
-PROPERTIES = ("shape", "color", "background", "motion", "count")
-"""What the judge looks at."""
-
-FIRST_ITEM = 1_000_000
-"""Number of the first item of an evaluation. Recordings count from 0: no student has been trained on this noise."""
-
-NUM_SHOWN = 10
-"""Prompts whose clips are shown side by side."""
 
 NUM_FAILURES = 6
 """Wrong clips of the student that are shown."""
@@ -87,47 +62,6 @@ class EvaluateConfig:
         for name in ("num_prompts", "num_steps", "batch_size"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"{name} is {value}: it must be at least 1")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a row's clips are made."""
-
-    name: str
-    num_steps: int
-    guidance_scale: float | None
-    is_teacher: bool
-
-
-@dataclass(frozen=True)
-class Task:
-    """What all rows have in common."""
-
-    prompts: list[str]
-    seed: int
-    batch_size: int
-    dtype: str
-    is_judged: bool
-    cache: Path
-
-    def batches(self) -> list[range]:
-        """Numbers of the prompts of each batch."""
-        size, total = self.batch_size, len(self.prompts)
-        return [range(start, min(start + size, total)) for start in range(0, total, size)]
-
-
-@dataclass(frozen=True)
-class RowData:
-    """What was made and measured for a row."""
-
-    values: dict[str, Tensor]
-    """One value a clip: `latent_mse` and the like, and the judge's verdicts by the names of `flatten_verdicts`."""
-    frames: dict[int, Tensor]
-    """The clips that were kept, by number of the prompt."""
-    seconds: list[tuple[int, Seconds]]
-    """Size and seconds of each batch."""
-    denoiser_calls: int
-    """For each clip."""
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -267,178 +201,6 @@ def is_better(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 # One row
-
-
-def row_key(model: Model, plan: Plan, task: Task, teacher_key: str | None) -> str:
-    """A hash of everything that a row's clips and measurements depend on."""
-    settings = {
-        "identity": model.identity,
-        "arguments": model.arguments,
-        "num_steps": plan.num_steps,
-        "guidance_scale": plan.guidance_scale,
-        "prompts": task.prompts,
-        "seed": task.seed,
-        "batch_size": task.batch_size,
-        "dtype": task.dtype,
-        "is_judged": task.is_judged,
-        "teacher": teacher_key,
-        "version": version("accvideo"),
-    }
-    return digest(json.dumps(settings, sort_keys=True).encode())[:16]
-
-
-def run_row(model: Model, plan: Plan, task: Task, teacher_key: str | None, progress: Progress) -> RowData:
-    """Make and measure a row's clips, or the rest of them.
-
-    Args:
-        model: Teacher or student.
-        plan: How its clips are made.
-        task: On what.
-        teacher_key: Key of the teacher's row, which clips are compared with; None for that row itself.
-        progress: Where to show a bar.
-    """
-    folder = task.cache / row_key(model, plan, task, teacher_key)
-    folder.mkdir(exist_ok=True)
-    missing = [batch for batch in task.batches() if not is_whole(folder / file_name(batch))]
-    bar = progress.add_task(plan.name, total=len(missing) * plan.num_steps)
-    if missing:
-        # The first run allocates memory and chooses kernels: it is not timed.
-        warm_up = min(2, plan.num_steps) if model.student is None else plan.num_steps
-        sample_batch(model, replace(plan, num_steps=warm_up), task, missing[0])
-    for batch in missing:
-        clips = sample_batch(model, plan, task, batch, on_step=lambda _: progress.advance(bar))
-        teacher = None if teacher_key is None else task.cache / teacher_key / file_name(batch)
-        write_batch(folder / file_name(batch), task, batch, clips, teacher, keep_wrong=not plan.is_teacher)
-    return read_row([folder / file_name(batch) for batch in task.batches()])
-
-
-def sample_batch(
-    model: Model, plan: Plan, task: Task, batch: range, on_step: Callable[[int], None] | None = None
-) -> ClipBatch:
-    """The clips of one batch."""
-    prompts, items = [task.prompts[i] for i in batch], [FIRST_ITEM + i for i in batch]
-    [clips] = sample_clips(model, prompts, items, task.seed, plan.num_steps, plan.guidance_scale, len(batch), on_step)
-    return clips
-
-
-def file_name(batch: range) -> str:
-    """Name of a batch's file."""
-    return f"{batch.start:06d}.safetensors"
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a batch's file is there and not damaged."""
-    try:
-        with safe_open(path, "pt"):
-            return True
-    except (FileNotFoundError, SafetensorError):
-        return False
-
-
-def write_batch(path: Path, task: Task, batch: range, clips: ClipBatch, teacher: Path | None, keep_wrong: bool) -> None:
-    """Measure a batch and write what is kept of it.
-
-    All of the teacher's own clips and latents are kept, since the other rows are compared with them; of other rows the
-    clips to show and, where `keep_wrong`, those that the judge finds wrong.
-    """
-    values = {"flicker": flicker(clips.frames)}
-    if task.is_judged:
-        verdicts = judge(clips.frames, [task.prompts[i] for i in batch])
-        # The judge's flicker leaves out the motion that it recognized.
-        values = {**flatten_verdicts(verdicts), "flicker": verdicts.flicker}
-    kept = torch.tensor([i < NUM_SHOWN for i in batch])
-    tensors = {}
-    if teacher is None:
-        kept[:] = True
-        values["latent_mse"] = torch.zeros(len(batch))
-        tensors["latents"] = clips.latents
-    else:
-        with safe_open(teacher, "pt") as reference:
-            values["latent_mse"] = latent_mse(clips.latents, reference.get_tensor("latents"))
-            values["teacher_psnr_db"] = psnr(clips.frames, reference.get_tensor("frames"))
-        if keep_wrong and task.is_judged:
-            kept |= ~values["all_right"]
-    tensors |= {f"values.{name}": value for name, value in values.items()}
-    tensors |= {"frames": clips.frames[kept], "kept": torch.tensor(batch)[kept]}
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    measured = {"seconds": asdict(clips.seconds), "denoiser_calls": clips.denoiser_calls}
-    write_whole(path, save(tensors, {"measured": json.dumps(measured)}))
-
-
-def read_row(paths: Sequence[Path]) -> RowData:
-    """What the files of a row's batches hold."""
-    values: dict[str, list[Tensor]] = {}
-    frames: dict[int, Tensor] = {}
-    seconds, denoiser_calls = [], 0
-    for path in paths:
-        with safe_open(path, "pt") as file:
-            names = [name for name in file.keys() if name.startswith("values.")]  # noqa: SIM118 - no mapping
-            for name in names:
-                values.setdefault(name.removeprefix("values."), []).append(file.get_tensor(name))
-            frames |= dict(zip(file.get_tensor("kept").tolist(), file.get_tensor("frames"), strict=True))
-            measured = json.loads(file.metadata()["measured"])
-        seconds.append((len(values["flicker"][-1]), Seconds(**measured["seconds"])))
-        denoiser_calls = measured["denoiser_calls"]
-    return RowData({name: torch.cat(parts) for name, parts in values.items()}, frames, seconds, denoiser_calls)
-
-
-def make_row(model: Model, plan: Plan, task: Task, data: RowData) -> dict[str, Any]:
-    """A row of `report.json`; seconds are for one clip, medians over batches of full size."""
-    size = min(task.batch_size, len(task.prompts))
-    full = [seconds for num_clips, seconds in data.seconds if num_clips == size]
-    parts = {part.name: statistics.median(getattr(each, part.name) for each in full) / size for part in fields(Seconds)}
-    return {
-        "name": plan.name,
-        "model": model.name,
-        "num_steps": plan.num_steps,
-        "guidance_scale": plan.guidance_scale,
-        "denoiser_calls": data.denoiser_calls,
-        "seconds": parts,
-        "seconds_denoising": parts["denoising"],
-        "seconds_end_to_end": sum(parts.values()),
-        "metrics": {
-            name: None if estimate is None else asdict(estimate)
-            for name, estimate in row_metrics(data.values, task.is_judged).items()
-        },
-    }
-
-
-def row_metrics(values: Mapping[str, Tensor], is_judged: bool) -> dict[str, Estimate | None]:
-    """Each metric with its 95 % interval; None where it does not apply."""
-    metrics: dict[str, Estimate | None] = {
-        name: wilson_interval(int(values[name].sum()), len(values[name])) if is_judged else None
-        for name in ("all_right", *PROPERTIES)
-    }
-    for name in ("rerender_psnr_db", "flicker", "latent_mse", "teacher_psnr_db"):
-        metrics[name] = bootstrap_interval(values[name].double().numpy()) if name in values else None
-    metrics["diversity_distance"] = None
-    if is_judged:
-
-        def distance(rows: np.ndarray) -> float:
-            indices = torch.from_numpy(rows)
-            return diversity_distance(restore_verdicts({name: value[indices] for name, value in values.items()}))
-
-        metrics["diversity_distance"] = deviation_interval(len(values["flicker"]), distance)
-    return metrics
-
-
-# The judge's verdicts as plain tensors
-
-
-def flatten_verdicts(verdicts: Verdicts) -> dict[str, Tensor]:
-    """All tensors of the verdicts by name, so that they can be stored."""
-    scenes, requests = verdicts.scenes, verdicts.scenes.requests
-    columns = {field.name: getattr(verdicts, field.name) for field in fields(Verdicts) if field.name != "scenes"}
-    columns |= {f"requests.{field.name}": getattr(requests, field.name) for field in fields(Requests)}
-    return columns | {"scenes.objects": scenes.objects, "scenes.phase": scenes.phase}
-
-
-def restore_verdicts(values: Mapping[str, Tensor]) -> Verdicts:
-    """Inverse of `flatten_verdicts`; other values are ignored."""
-    requests = Requests(**{field.name: values[f"requests.{field.name}"] for field in fields(Requests)})
-    scenes = Scenes(requests, values["scenes.objects"], values["scenes.phase"])
-    columns = {field.name: values[field.name] for field in fields(Verdicts) if field.name != "scenes"}
-    return Verdicts(**columns, scenes=scenes)
 
 
 # The report

@@ -14,7 +14,20 @@ from typing import Any
 import torch
 from PIL import Image
 
+from accvideo.charts import Curves, binned, legend, line_chart, quality_chart
 from accvideo.video import Frames
+from accvideo.wording import (
+    METRICS,
+    Row,
+    interval_text,
+    label,
+    metric_text,
+    number,
+    ordered,
+    row_named,
+    seconds_text,
+    shown_rows,
+)
 
 SPRITE_WIDTH = 192
 """Widest clip of the page in pixels; wider ones are made smaller."""
@@ -22,24 +35,6 @@ SPRITE_FRAMES = 41
 """Most frames of a clip on the page; of longer ones, evenly spaced frames are shown."""
 NUM_LARGE = 4
 """Number of prompts whose clips are shown large; the others share lines."""
-
-Row = Mapping[str, Any]
-"""One row of `report.json`."""
-
-METRICS = {
-    "all_right": ("All properties right", "%"),
-    "count": ("Number of objects right", "%"),
-    "shape": ("Shapes right", "%"),
-    "color": ("Colors right", "%"),
-    "background": ("Background right", "%"),
-    "motion": ("Motions right", "%"),
-    "rerender_psnr_db": ("Re-render PSNR", "dB, higher is cleaner"),
-    "diversity_distance": ("Diversity distance", "to the world's own spread, lower is better"),
-    "flicker": ("Flicker", "levels of 255: mean second difference in time"),
-    "latent_mse": ("Latent error", "mean squared distance to the teacher's own result"),
-    "teacher_psnr_db": ("PSNR to the teacher's clip", "dB"),
-}
-"""Title and unit of each metric, in the order of the table."""
 
 
 @dataclass(frozen=True)
@@ -93,65 +88,7 @@ def write_report(
     return path
 
 
-# Words and numbers
-
-
-def row_named(rows: Sequence[Row], name: str) -> Row:
-    """The row called `name`."""
-    return next(row for row in rows if row["name"] == name)
-
-
-def label(row: Row) -> tuple[str, str]:
-    """What a row is, in two short lines."""
-    steps = f"{row['num_steps']} step{'s' if row['num_steps'] != 1 else ''}"
-    guided = row["guidance_scale"] is not None and row["guidance_scale"] > 1
-    detail = f"{steps}{' guided' if guided else ''}, {row['denoiser_calls']} calls"
-    if row["name"].startswith("teacher"):
-        return "Teacher", detail
-    return ("Student" if row["name"] == "student" else row["name"].replace("-", " ").capitalize()), detail
-
-
-def color(index: int) -> str:
-    """The color of the row at position `index`."""
-    return f"var(--row-{min(index, 5)})"
-
-
-def ordered(rows: Sequence[Row]) -> list[tuple[Row, str]]:
-    """Rows and their colors; the same row has the same color everywhere on the page."""
-    known = {"teacher": 0, "teacher_few": 1, "teacher_equal_calls": 2, "student": 3, "teacher_equal_calls_other": 5}
-    return [(row, color(known.get(row["name"], 4))) for row in rows]
-
-
-def shown_rows(rows: Sequence[Row]) -> list[tuple[Row, str]]:
-    """The rows whose clips are shown: all but the weaker variant of the teacher at equal calls."""
-    return [(row, tint) for row, tint in ordered(rows) if row["name"] != "teacher_equal_calls_other"]
-
-
-def number(value: int | float) -> str:
-    """Three significant digits, never in exponents for the sizes met here."""
-    if value == 0:
-        return "0"
-    digits = max(0, 2 - math.floor(math.log10(abs(value))))
-    return f"{value:.{min(digits, 6)}f}"
-
-
-def percent(value: float) -> str:
-    """A proportion as a percentage with one decimal."""
-    return f"{100 * value:.1f}"
-
-
-def seconds_text(value: float) -> str:
-    """A duration with its unit."""
-    return f"{value * 1000:.0f} ms" if value < 0.1 else f"{number(value)} s"
-
-
-def metric_text(name: str, estimate: Mapping[str, float] | None, with_unit: bool = False) -> str:
-    """The value of a metric as it stands in the table."""
-    if estimate is None:
-        return "–"
-    if METRICS[name][1] == "%":
-        return percent(estimate["mean"]) + (" %" if with_unit else "")
-    return number(estimate["mean"])
+# The first screen
 
 
 def title(report: Mapping[str, Any]) -> str:
@@ -211,7 +148,7 @@ def tiles(report: Mapping[str, Any]) -> str:
         (
             metric_text(last, student["metrics"][last], with_unit=True),
             METRICS[last][0].lower(),
-            _interval_text(last, student["metrics"][last])
+            interval_text(last, student["metrics"][last])
             + (f", teacher {metric_text(last, teacher['metrics'][last])}" if last == "all_right" else ""),
         ),
     ]
@@ -221,11 +158,6 @@ def tiles(report: Mapping[str, Any]) -> str:
         for i, (value, what, detail) in enumerate(contents)
     ]
     return f'<div class="tiles">{"".join(blocks)}</div>'
-
-
-def _interval_text(metric: str, estimate: Mapping[str, float]) -> str:
-    form = percent if METRICS[metric][1] == "%" else number
-    return f"{form(estimate['low'])} to {form(estimate['high'])}"
 
 
 # Clips
@@ -308,107 +240,7 @@ def failures_section(rows: Sequence[Row], failures: Sequence[ShownClip]) -> str:
     )
 
 
-# Charts
-
-
-def nice_ticks(low: int | float, high: int | float, count: int = 5) -> list[float]:
-    """Round numbers, about `count`, from at or below `low` to at or above `high`."""
-    step = 10 ** math.floor(math.log10((high - low) / count))
-    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= count)
-    return [float(step * i) for i in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
-
-
-def log_ticks(low: int | float, high: int | float) -> list[float]:
-    """Powers of ten inside a range, and their 2- and 5-fold where it is narrow."""
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    factors = (1, 2, 5) if high < 200 * low else (1,)
-    return [factor * 10.0**decade for decade in decades for factor in factors if low <= factor * 10.0**decade <= high]
-
-
-@dataclass(frozen=True)
-class Plot:
-    """The area of a chart: ranges of both axes, each linear or logarithmic, mapped to 440 x 270 units."""
-
-    x_range: tuple[int | float, int | float]
-    y_range: tuple[int | float, int | float]
-    x_log: bool = False
-    y_log: bool = False
-
-    def x(self, value: int | float) -> float:
-        """Horizontal position of a value."""
-        return 44 + 384 * _fraction(value, self.x_range, self.x_log)
-
-    def y(self, value: int | float) -> float:
-        """Vertical position of a value."""
-        return 232 - 216 * _fraction(value, self.y_range, self.y_log)
-
-    def svg(
-        self, marks: str, x_title: str, y_ticks: Sequence[float], x_ticks: Sequence[int | float], describe: str
-    ) -> str:
-        """The chart with axes around `marks`."""
-        lines = [
-            f'<line class="axis" x1="44" x2="428" y1="{self.y(tick):.1f}" y2="{self.y(tick):.1f}"/>'
-            f'<text x="38" y="{self.y(tick) + 4:.1f}" text-anchor="end">{tick:g}</text>'
-            for tick in y_ticks
-        ]
-        lines += [f'<text x="{self.x(tick):.1f}" y="249" text-anchor="middle">{tick:g}</text>' for tick in x_ticks]
-        lines.append(f'<text x="236" y="267" text-anchor="middle">{escape(x_title)}</text>')
-        return (
-            f'<svg class="chart" viewBox="0 0 440 272" role="img" aria-label="{escape(describe)}">'
-            f"{''.join(lines)}{marks}</svg>"
-        )
-
-
-def _fraction(value: int | float, limits: tuple[int | float, int | float], logarithmic: bool) -> float:
-    low, high = limits
-    if logarithmic:
-        low, high, value = math.log(low), math.log(high), math.log(max(value, low))
-    return (value - low) / (high - low)
-
-
-def quality_chart(rows: Sequence[Row], metric: str) -> str:
-    """A metric against the number of denoiser calls, with intervals; nothing where the metric is missing."""
-    points = [(row, tint) for row, tint in ordered(rows) if row["metrics"].get(metric) is not None]
-    if len(points) < 2:
-        return ""
-    factor = 100 if METRICS[metric][1] == "%" else 1
-    lows = [factor * row["metrics"][metric]["low"] for row, _ in points]
-    highs = [factor * row["metrics"][metric]["high"] for row, _ in points]
-    low, high = min(lows), max(highs)
-    margin = 0.06 * (high - low or abs(high) or 1.0)
-    y_ticks = nice_ticks(low - margin if low - margin > 0 else 0.0, high + margin)
-    if factor == 100:
-        y_ticks = [tick for tick in y_ticks if tick <= 100]
-    calls = sorted({row["denoiser_calls"] for row, _ in points})
-    plot = Plot((calls[0] / 1.5, calls[-1] * 1.5), (y_ticks[0], y_ticks[-1]), x_log=True)
-    marks = []
-    for row, tint in points:
-        estimate = row["metrics"][metric]
-        # Rows of equally many calls stand side by side.
-        peers = [peer["name"] for peer, _ in points if peer["denoiser_calls"] == row["denoiser_calls"]]
-        x = plot.x(row["denoiser_calls"]) + 12 * (peers.index(row["name"]) - (len(peers) - 1) / 2)
-        y, top, bottom = (plot.y(factor * estimate[key]) for key in ("mean", "high", "low"))
-        who, detail = label(row)
-        tip = f"{who}, {detail}: {metric_text(metric, estimate)} ({_interval_text(metric, estimate)})"
-        shape = (
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{tint}"/>'
-            if row["name"].startswith("teacher")
-            else f'<rect x="{x - 4.5:.1f}" y="{y - 4.5:.1f}" width="9" height="9" rx="1.5" fill="{tint}" '
-            f'transform="rotate(45 {x:.1f} {y:.1f})"/>'
-        )
-        marks.append(
-            f'<g><title>{escape(tip)}</title><line x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{bottom:.1f}" '
-            f'stroke="{tint}" stroke-width="2"/>{shape}</g>'
-        )
-    name, unit = METRICS[metric]
-    chart = plot.svg("".join(marks), "denoiser calls (logarithmic)", y_ticks, calls, f"{name} against denoiser calls")
-    return f'<div class="card"><h3>{name}</h3><p class="kicker">{unit}</p>{chart}</div>'
-
-
-def legend(items: Sequence[tuple[str, str]]) -> str:
-    """Colored dots with names."""
-    entries = [f'<li><i class="dot" style="background:{tint}"></i>{escape(name)}</li>' for name, tint in items]
-    return f'<ul class="legend">{"".join(entries)}</ul>'
+# Numbers
 
 
 def quality_section(rows: Sequence[Row]) -> str:
@@ -444,7 +276,7 @@ def table(rows: Sequence[Row]) -> str:
             estimate = row["metrics"].get(metric)
             if estimate is None:
                 return "–"
-            return f"{metric_text(metric, estimate)}<small>{_interval_text(metric, estimate)}</small>"
+            return f"{metric_text(metric, estimate)}<small>{interval_text(metric, estimate)}</small>"
 
         return cell
 
@@ -498,17 +330,6 @@ def seconds_section(rows: Sequence[Row]) -> str:
 # Training
 
 
-def binned(points: Sequence[tuple[float, float]], num_bins: int = 30) -> list[tuple[float, float]]:
-    """A noisy curve as the means of at most `num_bins` equal groups of neighbors."""
-    size = math.ceil(len(points) / num_bins)
-    groups = [points[i : i + size] for i in range(0, len(points), size)]
-    return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
-
-
-Curves = dict[int, list[tuple[float, float]]]
-"""Values against the iteration, by key point."""
-
-
 def curves(training_log: Sequence[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], float]) -> Curves:
     """One value of each line that belongs to a key point and has it."""
     found: Curves = {}
@@ -527,35 +348,6 @@ def validation_curves(training_log: Sequence[Mapping[str, Any]]) -> Curves:
     lines = [line for line in training_log if "validation_loss" in line]
     num_keypoints = len(lines[0]["validation_loss"]) if lines else 0
     return {k: [(float(line["iteration"]), line["validation_loss"][k]) for line in lines] for k in range(num_keypoints)}
-
-
-def line_chart(title: str, unit: str, series: Curves, dashed: Curves, y_range: tuple[float, float] | None) -> str:
-    """Curves by key point, on a linear axis of `y_range` if that is given, else on a logarithmic one."""
-    lines = [*series.items(), *dashed.items()]
-    xs = [x for _, points in lines for x, _ in points]
-    ys = [y for _, points in lines for _, y in points]
-    if not xs or min(xs) == max(xs):
-        return ""
-    if y_range is None:
-        low, high = min(ys) / 1.15, max(ys) * 1.15
-        y_ticks, limits = log_ticks(low, high), (low, high)
-    else:
-        y_ticks, limits = nice_ticks(*y_range), y_range
-    x_ticks = [tick for tick in nice_ticks(min(xs), max(xs), 4) if min(xs) <= tick <= max(xs) * 1.02]
-    plot = Plot((min(xs), max(xs)), limits, y_log=y_range is None)
-    marks = "".join(
-        f'<polyline fill="none" stroke="var(--curve-{keypoint % 6})" stroke-linejoin="round" {style} '
-        f'points="{" ".join(f"{plot.x(x):.1f},{plot.y(y):.1f}" for x, y in points)}">'
-        f"<title>{kind} {keypoint}</title></polyline>"
-        for kind, style, group in (
-            ("key point", 'stroke-width="2"', series),
-            ("validation, key point", 'stroke-width="1.5" stroke-dasharray="2 4"', dashed),
-        )
-        for keypoint, points in group.items()
-    )
-    chart = plot.svg(marks, "iteration", y_ticks, x_ticks, f"{title} by key point")
-    keys = legend([(f"key point {keypoint}", f"var(--curve-{keypoint % 6})") for keypoint in series])
-    return f'<div class="card"><h3>{title}</h3><p class="kicker">{unit}</p>{chart}{keys}</div>'
 
 
 def training_section(training_log: Sequence[Mapping[str, Any]]) -> str:
