@@ -36,6 +36,9 @@ EXPORT = "accvideo.json"
 FOREIGN_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.onnx")
 """Not copied: the same weights in formats that run code, or for other libraries."""
 
+SAME_LEVELS = 2e-3
+"""Noise levels that differ by less count as the same where a schedule is only described."""
+
 GUIDANCE = "time_text_embed.guidance_embedder.linear_1"
 """The layer by which a denoiser with embedded guidance (HunyuanVideo) takes its scale."""
 
@@ -610,15 +613,16 @@ def comfyui_usage(config: ExportConfig, source: Source) -> str:
             f"The teacher has two experts: {calls}, switched at the teacher's own boundary (two KSampler "
             "(Advanced) nodes)."
         )
-    shift = comfyui_shift(student)
-    if shift is not None:
+    levels = ", ".join(f"{sigma:.6f}" for sigma in student.sigmas)
+    lines.append(
+        f"Then the node SamplerCustom with cfg 1, the sampler `euler`, and the student's noise levels from the node "
+        f"ManualSigmas: `{levels}`."
+    )
+    if (shift := comfyui_shift(student)) is not None:
         lines.append(
-            f"Then ModelSamplingSD3 with shift {shift:g}, and KSampler with {student.num_steps} steps, cfg 1, sampler "
-            "`euler`, scheduler `simple`: these are the student's noise levels."
+            f"Or, within {SAME_LEVELS:g} of these levels, ModelSamplingSD3 with shift {shift:g}, and KSampler with "
+            f"{student.num_steps} steps, cfg 1, sampler `euler`, scheduler `simple`."
         )
-    else:
-        levels = ", ".join(f"{sigma:.6f}" for sigma in student.sigmas)
-        lines.append(f"Then SamplerCustom with cfg 1, the sampler `euler` and ManualSigmas `{levels}`.")
     if student.guidance_scale not in (None, 1.0):
         lines.append(
             f"The node FluxGuidance gives the guidance, {student.guidance_scale:g}: it is an input of the model."
@@ -629,13 +633,13 @@ def comfyui_usage(config: ExportConfig, source: Source) -> str:
 
 
 def comfyui_shift(student: StudentConfig) -> float | None:
-    """The shift at which ComfyUI's `simple` schedule visits the student's noise levels; None if none does.
+    """The shift at which ComfyUI's `simple` schedule visits the student's noise levels; None if none is known to.
 
-    That schedule takes every (1000 / K)-th of 1000 levels, shifted; the student's second level tells the shift.
+    That schedule takes every (1000 / K)-th of 1000 levels, shifted.
     """
-    if student.num_steps < 2:
+    settings = student.scheduler["config"]
+    shift = settings.get("flow_shift", settings.get("shift"))
+    if shift is None:
         return None
-    uniform, sigma = 1 - 1 / student.num_steps, student.sigmas[1]
-    shift = sigma * (1 - uniform) / (uniform * (1 - sigma))
     levels = shifted_sigmas(student.num_steps, shift)
-    return round(shift, 3) if torch.allclose(levels, torch.tensor(student.sigmas), atol=2e-3) else None
+    return shift if torch.allclose(levels, torch.tensor(student.sigmas), atol=SAME_LEVELS) else None
