@@ -16,6 +16,7 @@ COMMANDS = {
     "generate": ("accvideo.generate", "make videos with a teacher or a student"),
     "export": ("accvideo.export", "write a student as a diffusers folder, a LoRA, or for ComfyUI"),
     "evaluate": ("accvideo.evaluate", "compare a student with its teacher and write a report"),
+    "plan": ("accvideo.plan", "hours, memory and disk that a released teacher will take, before any download"),
     "playground prompts": ("accvideo.playground.prompts", "write prompts of the playground's world to a file"),
     "playground train": ("accvideo.playground.train", "train the playground's teacher anew"),
 }
@@ -81,21 +82,19 @@ def execute(command: str, arguments: list[str]) -> dict[str, Any]:
     """Parse the options of a command and run it; returns its summary."""
     import tyro
 
-    from accvideo.types import UserError
-
     parse: Callable[..., Any] = tyro.cli
     wanted = "--help" in arguments or "-h" in arguments
     module, name, default = import_module(COMMANDS[command][0]), command.split()[-1], {}
     if not wanted:
         quiet_libraries()
-    if command == "distill":
-        preset, arguments = take_option(arguments, "--preset", "default")
-        presets = module.PRESETS
-        if preset not in presets:
-            raise UserError(f"unknown preset {preset!r}; known are {', '.join(presets)}")
-        default = {"default": presets[preset](data=tyro.MISSING, out=tyro.MISSING)}
+    presets = import_module("accvideo.presets") if command in ("record", "distill") else None
+    preset, arguments = take_option(arguments, "--preset", "default") if presets else ("default", arguments)
+    if presets:
+        default = {"default": presets.defaults(command, preset)}
     config_class = getattr(module, f"{name.capitalize()}Config")
     config = parse(config_class, prog=f"accvideo {command}", args=arguments, **default)
+    if presets:
+        presets.check(preset, config)
     return getattr(module, name)(config)
 
 

@@ -4,8 +4,9 @@ Operations and activations are counted on the meta device (`cost.py`); seconds a
 docs/plan.md says what the three achieved shares were fitted on, and how far off the model is.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,11 +51,11 @@ GPUS: dict[Gpu, GpuModel] = {
 }
 """NVIDIA's data sheets."""
 
-MATMUL_SHARE = 0.5
+MATMUL_SHARE = 0.50
 """Of a GPU's peak that the denoiser's matrix products achieve, the small operations between them included."""
-ATTENTION_SHARE = 0.6
+ATTENTION_SHARE = 0.63
 """Of the peak that the denoiser's attention achieves."""
-VAE_SHARE = 0.24
+VAE_SHARE = 0.23
 """Of the peak that the VAE achieves."""
 
 LORA_STATE_BYTES = 16
@@ -63,6 +64,13 @@ FULL_STATE_BYTES = 20
 """The same, with autocast's bfloat16 copy and the discriminator's frozen bfloat16 teacher."""
 BASE_BYTES = {"bfloat16": 2.0, "int8": 1.0, "nf4": 0.5 + 4 / 64}
 """Of a linear weight in a frozen base; nf4 has a float32 scale for 64 weights."""
+KINDS: dict[str, tuple[str, str | None]] = {
+    "full": ("all weights", None),
+    "lora": ("LoRA", "bfloat16"),
+    "lora_int8": ("LoRA on an int8 or float8 base", "int8"),
+    "lora_nf4": ("LoRA on an nf4 base", "nf4"),
+}
+"""Ways to distill: in words, and type of the frozen base; None where all weights train."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +80,7 @@ class PlanConfig:
     preset: Positional[str]
     """Name of the preset, such as wan21-t2v-14b; a wrong one lists them all."""
     gpu: Gpu = "a100"
-    """Kind of GPU. Times are calibrated on published ones of the A100; on others the same share of the peak is taken."""
+    """Kind of GPU. Times are calibrated on the A100's; others are taken to achieve the same share of their peak."""
     num_gpus: int = 8
     """GPUs that record and distill; one of them generates."""
     num_trajectories: int | None = None
@@ -105,13 +113,11 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Costs:
-    """What a preset's pieces of work cost, for one clip."""
+class VideoCosts:
+    """What the parts of making one clip cost."""
 
     call: Cost
     """One denoiser call without gradients."""
-    training: Cost
-    """One iteration of the full training: student's and heads' updates of one key point, activations recomputed."""
     text: Cost
     """All prompts' encoders, once."""
     encode: Cost
@@ -140,10 +146,8 @@ def num_parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-@cache
-def count_parameters(name: str) -> Sizes:
+def count_parameters(preset: Preset) -> Sizes:
     """The parameters of a preset's networks."""
-    preset = find_preset(name)
     denoiser = preset.denoiser.build()
     blocks, number = denoiser_blocks(denoiser), preset.num_denoisers
 
@@ -165,19 +169,25 @@ def encoders(preset: Preset) -> list[Network]:
     return [*preset.text_encoders, *([] if preset.image_encoder is None else [preset.image_encoder])]
 
 
-@cache
-def count_costs(name: str) -> Costs:
-    """What a preset's pieces of work cost."""
-    preset = find_preset(name)
-    depths = [preset.denoiser.config[entry] for entry in preset.denoiser.depth]
-    frames = preset.latent_shape[1]
-    steady = (lambda cost: at_depth(cost, [frames], least=3)) if preset.vae_streams else (lambda cost: cost(frames))
-    return Costs(
-        call=at_depth(lambda *shallow: call_cost(preset, *shallow), depths),
-        training=at_depth(lambda *shallow: training_cost(preset, *shallow), depths),
+def whole(preset: Preset, cost: Callable[..., Cost]) -> Cost:
+    """The cost at the denoiser's full depth, from a function of numbers of blocks."""
+    return at_depth(cost, [preset.denoiser.config[entry] for entry in preset.denoiser.depth])
+
+
+def count_video(preset: Preset) -> VideoCosts:
+    """What the parts of making a clip of a preset cost."""
+
+    def all_frames(cost: Callable[[Preset, int], Cost]) -> Cost:
+        frames = preset.latent_shape[1]
+        if not preset.vae_streams:
+            return cost(preset, frames)
+        return at_depth(lambda number: cost(preset, number), [frames], least=3)
+
+    return VideoCosts(
+        call=whole(preset, partial(call_cost, preset)),
         text=text_cost(preset),
-        encode=Cost() if preset.image_encoder is None else steady(lambda number: encode_cost(preset, number)),
-        decode=steady(lambda number: decode_cost(preset, number)),
+        encode=Cost() if preset.image_encoder is None else all_frames(encode_cost),
+        decode=all_frames(decode_cost),
     )
 
 
@@ -284,7 +294,7 @@ def denoiser_seconds(cost: Cost, gpu: GpuModel) -> float:
     return (cost.matmul / MATMUL_SHARE + cost.attention / ATTENTION_SHARE) / gpu.peak_flops
 
 
-def video_seconds(preset: Preset, costs: Costs, gpu: GpuModel, num_calls: int) -> Seconds:
+def video_seconds(preset: Preset, costs: VideoCosts, gpu: GpuModel, num_calls: int) -> Seconds:
     """Seconds of one video with this number of denoiser calls."""
     return Seconds(
         encoding=denoiser_seconds(costs.text, gpu) + costs.encode.flops / VAE_SHARE / gpu.peak_flops,
@@ -306,14 +316,14 @@ def trajectory_bytes(preset: Preset) -> int:
     return meta(preset.num_student_steps + 1, *preset.state_shape, dtype=torch.float32).nbytes + stored
 
 
-def distilling_bytes(sizes: Sizes, costs: Costs, config: PlanConfig, base: str | None) -> dict[str, float]:
+def distilling_bytes(sizes: Sizes, training: Cost, config: PlanConfig, base: str | None) -> dict[str, float]:
     """Peak memory of a GPU that distills one clip at a time: alone, or with all states sharded over the GPUs.
 
     A sharded network gathers the block it is at and the next.
 
     Args:
         sizes: of the networks.
-        costs: of an iteration.
+        training: what an iteration costs.
         config: number of GPUs and rank.
         base: type of the frozen base's linear weights under a LoRA; None trains all weights.
     """
@@ -324,7 +334,7 @@ def distilling_bytes(sizes: Sizes, costs: Costs, config: PlanConfig, base: str |
         states = frozen + LORA_STATE_BYTES * config.lora_rank * sizes.lora
     gathered = 2 * 2.0 * sizes.block
     sharded = states / config.num_gpus + gathered if config.num_gpus > 1 else states
-    return {"one_gpu": states + costs.training.peak, "sharded": sharded + costs.training.peak}
+    return {"one_gpu": states + training.peak, "sharded": sharded + training.peak}
 
 
 def plan(config: PlanConfig) -> dict[str, Any]:
@@ -336,31 +346,35 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     preset, gpu = find_preset(config.preset), GPUS[config.gpu]
     console = Console(stderr=True)
     with console.status("counting operations on the meta device"):
-        sizes, costs = count_parameters(config.preset), count_costs(config.preset)
+        sizes, costs = count_parameters(preset), count_video(preset)
+        training = whole(preset, partial(training_cost, preset))
     recipe = paper(Path(), Path())
     num_samples = recipe.num_iterations * recipe.batch_size
     num_trajectories = config.num_trajectories or num_samples
 
     teacher = video_seconds(preset, costs, gpu, preset.num_steps * preset.calls_per_step)
     student = video_seconds(preset, costs, gpu, preset.num_student_steps)
-    lora_training = replace(costs.training, matmul=costs.training.matmul - 2 * costs.call.matmul)  # two passes, no weights' gradients
+    # Two of its passes go back through the student, and need no gradients of the frozen weights.
+    lora_training = replace(training, matmul=training.matmul - 2 * costs.call.matmul)
     gpu_seconds = {
         "recording": num_trajectories * (teacher.encoding + teacher.denoising),
-        "distilling_full": num_samples * denoiser_seconds(costs.training, gpu),
+        "distilling_full": num_samples * denoiser_seconds(training, gpu),
         "distilling_lora": num_samples * denoiser_seconds(lora_training, gpu),
     }
     loaded = 2.0 * (sizes.denoiser + sizes.encoders + sizes.vae)
     doubled = 2 if preset.guidance == "doubled batch" else 1
-    kinds = {"full": None} | {f"lora_{base}_base": base for base in BASE_BYTES}
     result = {
-        "preset": config.preset,
-        "teacher": preset.teacher,
-        "gpu": gpu.name,
-        "num_gpus": config.num_gpus,
-        "num_trajectories": num_trajectories,
-        "clip": {name: getattr(preset, name) for name in ("height", "width", "num_frames", "fps")},
-        "num_steps": preset.num_steps,
-        "num_student_steps": preset.num_student_steps,
+        "configuration": {
+            "preset": config.preset,
+            "teacher": preset.teacher,
+            "gpu": gpu.name,
+            "num_gpus": config.num_gpus,
+            "num_trajectories": num_trajectories,
+            "num_samples": num_samples,
+            "num_steps": preset.num_steps,
+            "num_student_steps": preset.num_student_steps,
+        }
+        | {name: getattr(preset, name) for name in ("height", "width", "num_frames", "fps")},
         "denoiser_calls": {
             "teacher": preset.num_steps * preset.calls_per_step,
             "student": preset.num_student_steps,
@@ -371,14 +385,14 @@ def plan(config: PlanConfig) -> dict[str, Any]:
             "denoiser_call": costs.call.flops,
             "denoiser_call_matmul": costs.call.matmul,
             "denoiser_call_attention": costs.call.attention,
-            "training_sample": costs.training.flops,
+            "training_sample": training.flops,
             "decoding": costs.decode.flops,
         },
         "bytes": {
             "gpu": gpu.memory,
             "recording": loaded + doubled * max(costs.call.peak, costs.encode.peak),
             "generating": loaded + max(doubled * costs.call.peak, costs.decode.peak),
-            "distilling": {name: distilling_bytes(sizes, costs, config, base) for name, base in kinds.items()},
+            "distilling": {name: distilling_bytes(sizes, training, config, base) for name, (_, base) in KINDS.items()},
             "trajectory": trajectory_bytes(preset),
             "trajectories": num_trajectories * trajectory_bytes(preset),
         },
@@ -395,27 +409,26 @@ def plan(config: PlanConfig) -> dict[str, Any]:
 
 def show(console: Console, result: dict[str, Any]) -> None:
     """Draw a plan as tables."""
-    clip, flops, size = result["clip"], result["flops"], result["parameters"]
-    seconds, hours, memory = result["seconds_per_video"], result["hours"], result["bytes"]
-    console.print(f"[bold]{result['preset']}[/bold]  {result['teacher']}", highlight=False)
-    console.print(
-        f"{clip['width']}x{clip['height']} pixels, {clip['num_frames']} frames, {clip['fps']} a second; "
+    of, flops, size = result["configuration"], result["flops"], result["parameters"]
+    hours, memory, speedup = result["hours"], result["bytes"], result["speedup"]
+    share = flops["denoiser_call_attention"] / flops["denoiser_call"]
+    lines = (
+        f"[bold]{of['preset']}[/bold]: {of['teacher']}",
+        f"{of['width']}x{of['height']} pixels, {of['num_frames']} frames, {of['fps']} a second",
         f"parameters: denoiser {size['denoiser'] / 1e9:.2f} B, encoders {size['encoders'] / 1e9:.2f} B, "
-        f"VAE {size['vae'] / 1e9:.2f} B, LoRA {size['lora'] / 1e6:.0f} M\n"
-        f"a denoiser call: {flops['denoiser_call'] / 1e12:,.0f} TFLOP, "
-        f"{flops['denoiser_call_attention'] / flops['denoiser_call']:.0%} of it attention",
-        highlight=False,
+        f"VAE {size['vae'] / 1e9:.2f} B",
+        f"a denoiser call: {flops['denoiser_call'] / 1e12:,.0f} TFLOP, {share:.0%} of it attention",
     )
+    for line in lines:
+        console.print(line, highlight=False)
 
-    videos = Table("one video, one " + result["gpu"], title_justify="left")
-    for name in ("steps", "calls", "encoding s", "denoising s", "decoding s", "total s"):
+    videos = Table("seconds a video, one GPU")
+    for name in ("steps", "calls", "encode", "denoise", "decode", "total"):
         videos.add_column(name, justify="right")
-    steps = {"teacher": result["num_steps"], "student": result["num_student_steps"]}
-    for name, parts in seconds.items():
-        total = sum(parts.values())
-        numbers = [f"{value:,.1f}" for value in (*parts.values(), total)]
+    steps = {"teacher": of["num_steps"], "student": of["num_student_steps"]}
+    for name, parts in result["seconds_per_video"].items():
+        numbers = [f"{value:,.1f}" for value in (*parts.values(), sum(parts.values()))]
         videos.add_row(name, str(steps[name]), str(result["denoiser_calls"][name]), *numbers)
-    speedup = result["speedup"]
     videos.add_row("speed-up", "", "", "", f"{speedup['denoising']:.1f}x", "", f"{speedup['end_to_end']:.1f}x")
     console.print(videos)
 
@@ -423,21 +436,21 @@ def show(console: Console, result: dict[str, Any]) -> None:
         color = "red" if value > memory["gpu"] else "green"
         return f"[{color}]{value / 1024**3:,.0f}[/{color}]"
 
-    peaks = Table("peak memory of a GPU, one clip at a time")
-    peaks.add_column("alone, GiB", justify="right")
-    peaks.add_column(f"sharded over {result['num_gpus']}, GiB", justify="right")
+    peaks = Table(f"GiB on a GPU of {memory['gpu'] / 1024**3:.0f}, one clip at a time")
+    for name in ("alone", f"sharded over {of['num_gpus']}"):
+        peaks.add_column(name, justify="right")
     for name in ("recording", "generating"):
         peaks.add_row(name, gib(memory[name]), "")
     for name, value in memory["distilling"].items():
-        peaks.add_row(f"distilling, {name.replace('_', ' ')}", gib(value["one_gpu"]), gib(value["sharded"]))
+        peaks.add_row(f"distilling, {KINDS[name][0]}", gib(value["one_gpu"]), gib(value["sharded"]))
     console.print(peaks)
 
-    work = Table(f"on {result['num_gpus']} x {result['gpu']}")
-    work.add_column("hours", justify="right")
-    work.add_column("disk", justify="right")
+    work = Table(f"on {of['num_gpus']} x {of['gpu']}")
+    for name in ("hours", "disk"):
+        work.add_column(name, justify="right")
     disk = f"{memory['trajectories'] / 1e12:,.2f} TB ({memory['trajectory'] / 1e6:,.0f} MB each)"
-    work.add_row(f"recording {result['num_trajectories']:,} trajectories", f"{hours['recording']:,.1f}", disk)
-    work.add_row("distilling, full", f"{hours['distilling_full']:,.1f}", "")
-    work.add_row("distilling, LoRA", f"{hours['distilling_lora']:,.1f}", "")
+    work.add_row(f"recording {of['num_trajectories']:,} trajectories", f"{hours['recording']:,.1f}", disk)
+    work.add_row(f"distilling {of['num_samples']:,} samples, full", f"{hours['distilling_full']:,.1f}", "")
+    work.add_row("the same, LoRA", f"{hours['distilling_lora']:,.1f}", "")
     console.print(work)
-    console.print("An estimate, not a measurement: docs/plan.md says how far off it is.", style="dim")
+    console.print("Estimates, not measurements; docs/plan.md says how far off they are.", style="dim")

@@ -7,16 +7,22 @@ diffusers' conversion scripts (`scripts/convert_*_to_diffusers.py`) write them; 
 out unless they tell the models of a family apart.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import diffusers
 import torch
 import transformers
+import tyro
 from torch import Tensor, nn
 
+from accvideo import distill
 from accvideo.call import DenoiserCall
+from accvideo.distill import DistillConfig, paper
+from accvideo.record import RecordConfig
 from accvideo.types import UserError
 
 
@@ -156,7 +162,7 @@ def wan_call(preset: Preset) -> DenoiserCall:
     _, *sizes = preset.latent_shape
     tensors = {
         "timestep": meta(dtype=torch.int64),
-        "encoder_hidden_states": meta(preset.num_text_tokens, 4096),
+        "encoder_hidden_states": meta(preset.num_text_tokens, preset.denoiser.config.get("text_dim", 4096)),
     }
     if preset.timestep_per_token:
         frames, height, width = sizes
@@ -457,3 +463,55 @@ def find_preset(name: str) -> Preset:
     if name not in PRESETS:
         raise UserError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def record_defaults(preset: Preset) -> RecordConfig:
+    """What `accvideo record` starts from; prompts and folder are left to the command line."""
+    return RecordConfig(
+        teacher=preset.teacher,
+        prompts=tyro.MISSING,
+        out=tyro.MISSING,
+        num_steps=preset.num_steps,
+        num_student_steps=preset.num_student_steps,
+        guidance_scale=preset.guidance_scale,
+        height=preset.height,
+        width=preset.width,
+        num_frames=preset.num_frames,
+        fps=preset.fps,
+        shift=preset.shift,
+        pipeline_arg=tuple(f"{name}={json.dumps(value)}" for name, value in preset.pipeline_args.items()),
+        dtype="bfloat16",
+    )
+
+
+def distill_defaults(preset: Preset, data: Path, out: Path) -> DistillConfig:
+    """What `accvideo distill` starts from: the paper's settings, with this teacher's feature layers."""
+    return replace(paper(data, out), feature_layers=preset.feature_layers)
+
+
+def defaults(command: str, name: str) -> RecordConfig | DistillConfig:
+    """What `accvideo record` or `accvideo distill` starts from with `--preset NAME`.
+
+    Raises:
+        UserError: there is no such preset.
+    """
+    if command == "distill" and name in distill.PRESETS:
+        return distill.PRESETS[name](data=tyro.MISSING, out=tyro.MISSING)
+    if command == "record" and name == "default":
+        return RecordConfig(teacher=tyro.MISSING, prompts=tyro.MISSING, out=tyro.MISSING)
+    if name not in PRESETS:
+        own = list(distill.PRESETS) if command == "distill" else ["default"]
+        raise UserError(f"unknown preset {name!r}; known are {', '.join([*own, *PRESETS])}")
+    if command == "record":
+        return record_defaults(PRESETS[name])
+    return distill_defaults(PRESETS[name], tyro.MISSING, tyro.MISSING)
+
+
+def check(name: str, config: RecordConfig | DistillConfig) -> None:
+    """See that the options on top of a preset fit its teacher.
+
+    Raises:
+        UserError: the teacher cannot make clips of that size.
+    """
+    if name in PRESETS and isinstance(config, RecordConfig):
+        PRESETS[name].check_size(config.height, config.width, config.num_frames)
