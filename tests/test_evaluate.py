@@ -1,34 +1,40 @@
 import json
 import shlex
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import tyro
+from PIL import Image
 
+from accvideo.acceleration import Acceleration
+from accvideo.command import Prompt, read_prompt_file
 from accvideo.distill import DistillConfig, distill
 from accvideo.evaluate import EvaluateConfig, choose_clips, command_line, evaluate, is_better
 from accvideo.generate import ClipBatch, Seconds, sample_clips
 from accvideo.metrics import latent_mse
-from accvideo.model import load_model, with_arguments
+from accvideo.model import Model, load_model, with_arguments
 from accvideo.playground.judge import diversity_distance, judge
 from accvideo.playground.world import draw, sample_prompts, scenes_of, to_uint8
 from accvideo.record import RecordConfig, record
 from accvideo.rows import (
     FIRST_ITEM,
+    Plan,
     RowData,
     Task,
     flatten_verdicts,
     read_row,
     restore_verdicts,
+    row_key,
     row_metrics,
+    sample_batch,
     write_batch,
 )
 from accvideo.types import UserError
 from tests.recorded import record_tiny
-from tests.tiny import tiny_wan_pipeline
+from tests.tiny import TINY_CALL, tiny_wan_i2v_pipeline, tiny_wan_pipeline
 
 ROWS = ["teacher", "teacher_few", "teacher_equal_calls", "teacher_equal_calls_other", "student"]
 METRICS = {
@@ -150,11 +156,29 @@ def test_mistakes_are_told_first(run: tuple[EvaluateConfig, dict[str, Any]], tmp
 
 def test_command_line_makes_the_same_configuration():
     config = EvaluateConfig(
-        student="my student", out=Path("report"), also=("a", "b"), num_prompts=7, prompts=Path("p.txt"), device="cpu"
-    )
+        student="my student", out=Path("report"), also=("a", "b"), num_prompts=7, prompts=Path("p.txt"), device="cpu",
+        acceleration=Acceleration(compile=True, attention_backend="_native_math"),
+    )  # fmt: skip
     words = shlex.split(command_line(config))
     assert words[:2] == ["accvideo", "evaluate"]
     assert tyro.cli(EvaluateConfig, args=words[2:]) == config
+
+
+def test_prompts_may_have_images(tmp_path: Path):
+    """A row's clips are of each prompt's own image."""
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    Image.new("RGB", (32, 32), "blue").save(tmp_path / "blue.png")
+    (tmp_path / "prompts.csv").write_text("prompt,image\na dog,red.png\na dog,blue.png\n")
+    model = Model("tiny", tiny_wan_i2v_pipeline(), "0", 2, 1.0, 8, dict(TINY_CALL))
+    task = Task(read_prompt_file(tmp_path / "prompts.csv"), 0, 1, "float32", False, tmp_path)
+    for index, name in enumerate(("red.png", "blue.png")):
+        clips = sample_batch(model, Plan("student", 2, 1.0, False), task, range(index, index + 1))
+        image = Image.open(tmp_path / name).convert("RGB")
+        [expected] = sample_clips(with_arguments(model, {"image": image}), ["a dog"], [FIRST_ITEM + index])
+        assert torch.equal(clips.latents, expected.latents)
+    assert row_key(model, Plan("student", 2, 1.0, False), task, None) != row_key(
+        model, Plan("student", 2, 1.0, False), replace(task, prompts=[Prompt("a dog")] * 2), None
+    )
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +187,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Task, dict[str, Ro
     captions = ["a red star moves left on a plain gray background", "a blue ring grows on a striped navy background"]
     captions += sample_prompts(10, 0)
     frames = to_uint8(draw(scenes_of(captions, seed=3)))
-    task = Task(captions, 0, 12, "float32", True, tmp_path_factory.mktemp("judged"))
+    task = Task([Prompt(caption) for caption in captions], 0, 12, "float32", True, tmp_path_factory.mktemp("judged"))
     latents = torch.randn(12, 4, 2, 2)
     data, batch = {}, task.batches()[0]
     for name, order in (("teacher", list(range(12))), ("student", [1, 0, *range(2, 12)])):

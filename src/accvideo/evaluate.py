@@ -17,8 +17,10 @@ import torch
 import tyro
 from rich.progress import Progress
 
-from accvideo.command import choose_device, progress_bar, read_prompts
-from accvideo.model import Dtype, Model, load_model, student_folder
+from accvideo.acceleration import Acceleration
+from accvideo.command import Prompt, choose_device, progress_bar, read_prompt_file
+from accvideo.generate import batches, with_prompts
+from accvideo.model import PLAIN, Dtype, Model, load_model, student_folder
 from accvideo.playground.world import sample_prompts
 from accvideo.report import ShownClip, write_report
 from accvideo.rows import NUM_SHOWN, PROPERTIES, Plan, RowData, Task, make_row, row_key, run_row
@@ -46,7 +48,8 @@ class EvaluateConfig:
     num_prompts: int = 500
     """Number of prompts, and clips of each row."""
     prompts: Path | None = None
-    """Text file, one prompt a line; held-out prompts of the world by default if the teacher is the playground's."""
+    """Text file, one prompt a line; or .csv or .jsonl with further columns, as for `generate`. Held-out prompts of the
+    world by default if the teacher is the playground's."""
     seed: int = 0
     """Seed of prompts and noise."""
     num_steps: int | None = None
@@ -57,6 +60,8 @@ class EvaluateConfig:
     """Of the pipelines."""
     device: str = "auto"
     """`auto` takes the accelerator if there is one."""
+    acceleration: Annotated[Acceleration, tyro.conf.arg(name="")] = PLAIN
+    """Speed and memory, of teacher and student alike."""
 
     def __post_init__(self) -> None:
         for name in ("num_prompts", "num_steps", "batch_size"):
@@ -79,17 +84,19 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         seed=config.seed,
         batch_size=config.batch_size or (16 if is_judged else 1),
         dtype=config.dtype,
+        acceleration=config.acceleration,
         is_judged=is_judged,
         cache=open_folder(config.out),
     )
     device = choose_device(config.device)
-    dtype = getattr(torch, config.dtype)
     students = {"student": config.student, **{name: name for name in config.also}}
     with progress_bar() as progress:
-        model = load_teacher(teacher, student, dtype, device)
+        model = load_teacher(config, teacher, student, device)
+        for block in batches(len(task.prompts), task.batch_size):
+            with_prompts(model, [task.prompts[index] for index in block])  # refuses here what it cannot do
         teacher_key, rows, data = teacher_rows(config, task, model, student, progress)
         for name, model_name in students.items():
-            model = load_model(model_name, dtype, device)
+            model = load_model(model_name, getattr(torch, config.dtype), device, config.acceleration)
             plan = Plan(name, model.num_steps, model.guidance_scale, is_teacher=False)
             data[name] = run_row(model, plan, task, teacher_key, progress)
             rows.append(make_row(model, plan, task, data[name]))
@@ -116,17 +123,17 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 # What to run
 
 
-def choose_prompts(config: EvaluateConfig, is_judged: bool) -> list[str]:
+def choose_prompts(config: EvaluateConfig, is_judged: bool) -> list[Prompt]:
     """The prompts: of a file, or drawn from the world's held-out ones.
 
     Raises:
         UserError: There is no file, and the teacher is not the playground's.
     """
     if config.prompts is not None:
-        return read_prompts(config.prompts)[: config.num_prompts]
+        return read_prompt_file(config.prompts)[: config.num_prompts]
     if not is_judged:
         raise UserError("prompts can only be drawn for the playground's teacher; give --prompts FILE")
-    return sample_prompts(config.num_prompts, config.seed, "held_out")
+    return [Prompt(text) for text in sample_prompts(config.num_prompts, config.seed, "held_out")]
 
 
 def open_folder(folder: Path) -> Path:
@@ -147,9 +154,9 @@ def open_folder(folder: Path) -> Path:
     return cache
 
 
-def load_teacher(name: str, student: StudentConfig, dtype: torch.dtype, device: str) -> Model:
+def load_teacher(config: EvaluateConfig, name: str, student: StudentConfig, device: str) -> Model:
     """The teacher, run as it was recorded for the student."""
-    model = load_model(name, dtype, device)
+    model = load_model(name, getattr(torch, config.dtype), device, config.acceleration)
     if model.student is not None:
         raise UserError(f"{name} is a student, not a teacher; give it with --also")
     sizes = {name: getattr(student, name) for name in ("height", "width", "num_frames")}
@@ -214,7 +221,7 @@ def choose_clips(task: Task, data: Mapping[str, RowData]) -> tuple[list[ShownCli
         if task.is_judged:
             wrong = {name: [one for one in PROPERTIES if not data[name].values[one][index]] for name in names}
         frames = {name: data[name].frames[index] for name in names}
-        return ShownClip(index, task.prompts[index], frames, wrong)
+        return ShownClip(index, task.prompts[index].text, frames, wrong)
 
     shown = [clip(index, list(data)) for index in range(min(NUM_SHOWN, len(task.prompts)))]
     if not task.is_judged:
@@ -268,12 +275,13 @@ def limits(task: Task, student: StudentConfig, rows: Sequence[Mapping[str, Any]]
 def command_line(config: EvaluateConfig) -> str:
     """The command that makes this report again."""
     words = ["accvideo", "evaluate", config.student]
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.name == "student" or value == field.default:
-            continue
-        for each in value if isinstance(value, tuple) else (value,):
-            words += [f"--{field.name.replace('_', '-')}", str(each)]
+    for owner in (config, config.acceleration):
+        for field in fields(owner):
+            value, option = getattr(owner, field.name), f"--{field.name.replace('_', '-')}"
+            if field.name in ("student", "acceleration") or value == field.default:
+                continue
+            for each in value if isinstance(value, tuple) else (value,):
+                words += [option] if each is True else [option, str(each)]
     return shlex.join(words)
 
 

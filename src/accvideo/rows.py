@@ -18,7 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from accvideo.generate import ClipBatch, Seconds, sample_clips
+from accvideo.acceleration import Acceleration
+from accvideo.command import Prompt
+from accvideo.generate import ClipBatch, Seconds, batches, describe_prompt, sample_clips, with_prompts
 from accvideo.metrics import (
     Estimate,
     bootstrap_interval,
@@ -28,7 +30,7 @@ from accvideo.metrics import (
     psnr,
     wilson_interval,
 )
-from accvideo.model import Model, digest
+from accvideo.model import PLAIN, Model, digest
 from accvideo.playground.judge import Verdicts, diversity_distance, judge
 from accvideo.playground.world import Requests, Scenes
 from accvideo.trajectory import write_whole
@@ -57,17 +59,17 @@ class Plan:
 class Task:
     """What all rows have in common."""
 
-    prompts: list[str]
+    prompts: list[Prompt]
     seed: int
     batch_size: int
     dtype: str
     is_judged: bool
     cache: Path
+    acceleration: Acceleration = PLAIN
 
     def batches(self) -> list[range]:
         """Numbers of the prompts of each batch."""
-        size, total = self.batch_size, len(self.prompts)
-        return [range(start, min(start + size, total)) for start in range(0, total, size)]
+        return batches(len(self.prompts), self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -91,10 +93,11 @@ def row_key(model: Model, plan: Plan, task: Task, teacher_key: str | None) -> st
         "arguments": model.arguments,
         "num_steps": plan.num_steps,
         "guidance_scale": plan.guidance_scale,
-        "prompts": task.prompts,
+        "prompts": [describe_prompt(prompt) for prompt in task.prompts],
         "seed": task.seed,
         "batch_size": task.batch_size,
         "dtype": task.dtype,
+        "acceleration": asdict(task.acceleration),
         "is_judged": task.is_judged,
         "teacher": teacher_key,
         "version": version("accvideo"),
@@ -132,7 +135,8 @@ def sample_batch(
 ) -> ClipBatch:
     """The clips of one batch."""
     prompts, items = [task.prompts[i] for i in batch], [FIRST_ITEM + i for i in batch]
-    [clips] = sample_clips(model, prompts, items, task.seed, plan.num_steps, plan.guidance_scale, len(batch), on_step)
+    model, texts = with_prompts(model, prompts), [prompt.text for prompt in prompts]
+    [clips] = sample_clips(model, texts, items, task.seed, plan.num_steps, plan.guidance_scale, len(batch), on_step)
     return clips
 
 
@@ -158,7 +162,7 @@ def write_batch(path: Path, task: Task, batch: range, clips: ClipBatch, teacher:
     """
     values = {"flicker": flicker(clips.frames)}
     if task.is_judged:
-        verdicts = judge(clips.frames, [task.prompts[i] for i in batch])
+        verdicts = judge(clips.frames, [task.prompts[i].text for i in batch])
         # The judge's flicker leaves out the motion that it recognized.
         values = {**flatten_verdicts(verdicts), "flicker": verdicts.flicker}
     kept = torch.tensor([i < NUM_SHOWN for i in batch])
