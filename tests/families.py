@@ -16,6 +16,7 @@ from diffusers import (
     ChronoEditPipeline,
     ChronoEditTransformer3DModel,
     ClassifierFreeGuidance,
+    DiffusionPipeline,
     FlowMapEulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HunyuanSkyreelsImageToVideoPipeline,
@@ -23,12 +24,15 @@ from diffusers import (
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
     HunyuanVideoImageToVideoPipeline,
+    HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
     Kandinsky5I2VPipeline,
     Kandinsky5T2VPipeline,
     Kandinsky5Transformer3DModel,
     LTXImageToVideoPipeline,
+    LTXPipeline,
     LucyEditPipeline,
+    MochiPipeline,
     SanaImageToVideoPipeline,
     SanaVideoPipeline,
     SanaVideoTransformer3DModel,
@@ -88,6 +92,7 @@ from tests.tiny import (
 class Family:
     """A tiny pipeline and how to call it."""
 
+    pipeline_class: type[DiffusionPipeline]
     make: Callable[[], Any]
     arguments: dict[str, Any]
     """Of its call, as JSON."""
@@ -96,6 +101,8 @@ class Family:
     guidance_scale: float = 3.0
     guided: dict[str, Any] = field(default_factory=dict)
     """Further arguments when guided."""
+    constants: dict[str, int] = field(default_factory=dict)
+    """Lengths that the pipeline class sets itself and no argument changes; smaller ones here, for speed."""
     num_guided_calls: int = 2
     """Denoiser calls a step with that guidance; 1 where it is embedded."""
 
@@ -335,6 +342,16 @@ def sana_parts() -> dict[str, Any]:
     }
 
 
+def sana() -> SanaVideoPipeline:
+    """Sana-Video T2V."""
+    return quiet(SanaVideoPipeline(**sana_parts()))
+
+
+def sana_image() -> SanaImageToVideoPipeline:
+    """Sana-Video I2V: the first frame is given."""
+    return quiet(SanaImageToVideoPipeline(**sana_parts()))
+
+
 def qwen_tokenizer() -> Qwen2Tokenizer:
     """One token a byte, with a chat template that is the text itself."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>"]
@@ -451,47 +468,58 @@ HUNYUAN_IMAGE_TEMPLATE = {
     "template": "{}", "crop_start": 0, "image_emb_len": 4, "image_emb_start": 1, "image_emb_end": 5
 }  # fmt: skip
 HUNYUAN_15_CALL = {"num_frames": 5, **SIZE}
+HUNYUAN_15_LENGTHS = {"tokenizer_max_length": 16, "tokenizer_2_max_length": 16, "vision_num_semantic_tokens": 4}
 SANA_CALL = {
     **SIZE, "frames": 5, "max_sequence_length": 16, "complex_human_instruction": None, "use_resolution_binning": False
 }  # fmt: skip
 IMAGE, VIDEO = {"image": "image.png"}, {"video": "video.gif"}
 
 FAMILIES: dict[str, Family] = {
-    "wan": Family(tiny_wan_pipeline, TINY_CALL),
-    "wan-unipc": Family(lambda: tiny_wan_pipeline("unipc"), TINY_CALL),
-    "wan-experts": Family(lambda: tiny_wan_pipeline(experts=2), TINY_CALL),
-    "wan-i2v": Family(lambda: tiny_wan_i2v_pipeline("euler"), TINY_CALL, IMAGE),
-    "wan-ti2v": Family(wan_ti2v, TINY_CALL),
-    "wan-ti2v-i2v": Family(wan_ti2v_image, TINY_CALL, IMAGE),
-    "wan-vace": Family(wan_vace, TINY_CALL, VIDEO),
-    "wan-v2v": Family(wan_video, {**SIZE, "max_sequence_length": 16, "strength": 1.0}, VIDEO),
-    "lucy": Family(lucy, TINY_CALL, VIDEO),
-    "skyreels": Family(skyreels, TINY_CALL),
-    "skyreels-i2v": Family(skyreels_image, TINY_CALL, IMAGE),
-    "hunyuan": Family(tiny_hunyuan_pipeline, TINY_HUNYUAN_CALL, num_guided_calls=1),
-    "chronoedit": Family(chronoedit, TINY_CALL, IMAGE),
-    "anyflow": Family(anyflow, {**TINY_CALL, "use_mean_velocity": False}),
+    "wan": Family(WanPipeline, tiny_wan_pipeline, TINY_CALL),
+    "wan-unipc": Family(WanPipeline, lambda: tiny_wan_pipeline("unipc"), TINY_CALL),
+    "wan-experts": Family(WanPipeline, lambda: tiny_wan_pipeline(experts=2), TINY_CALL),
+    "wan-i2v": Family(WanImageToVideoPipeline, lambda: tiny_wan_i2v_pipeline("euler"), TINY_CALL, IMAGE),
+    "wan-ti2v": Family(WanPipeline, wan_ti2v, TINY_CALL),
+    "wan-ti2v-i2v": Family(WanImageToVideoPipeline, wan_ti2v_image, TINY_CALL, IMAGE),
+    "wan-vace": Family(WanVACEPipeline, wan_vace, TINY_CALL, VIDEO),
+    "wan-v2v": Family(WanVideoToVideoPipeline, wan_video, {**SIZE, "max_sequence_length": 16, "strength": 1.0}, VIDEO),
+    "lucy": Family(LucyEditPipeline, lucy, TINY_CALL, VIDEO),
+    "skyreels": Family(SkyReelsV2Pipeline, skyreels, TINY_CALL),
+    "skyreels-i2v": Family(SkyReelsV2ImageToVideoPipeline, skyreels_image, TINY_CALL, IMAGE),
+    "hunyuan": Family(HunyuanVideoPipeline, tiny_hunyuan_pipeline, TINY_HUNYUAN_CALL, num_guided_calls=1),
+    "chronoedit": Family(ChronoEditPipeline, chronoedit, TINY_CALL, IMAGE),
+    "anyflow": Family(AnyFlowPipeline, anyflow, {**TINY_CALL, "use_mean_velocity": False}),
     "hunyuan-i2v": Family(
+        HunyuanVideoImageToVideoPipeline,
         lambda: hunyuan_image("token_replace"),
         {**TINY_CALL, "prompt_template": HUNYUAN_IMAGE_TEMPLATE},
         IMAGE,
         num_guided_calls=1,
     ),
     "hunyuan-i2v-concat": Family(
+        HunyuanVideoImageToVideoPipeline,
         lambda: hunyuan_image("latent_concat"),
         {**TINY_CALL, "prompt_template": HUNYUAN_IMAGE_TEMPLATE},
         IMAGE,
         guided={"true_cfg_scale": 6.0, "negative_prompt": "ugly"},
     ),
-    "hunyuan-skyreels": Family(hunyuan_skyreels, TINY_HUNYUAN_CALL, IMAGE, guided={"negative_prompt": "ugly"}),
-    "hunyuan15": Family(hunyuan_15, HUNYUAN_15_CALL),
-    "hunyuan15-i2v": Family(hunyuan_15_image, {"num_frames": 5}, IMAGE),
-    "sana": Family(lambda: quiet(SanaVideoPipeline(**sana_parts())), SANA_CALL),
-    "sana-i2v": Family(lambda: quiet(SanaImageToVideoPipeline(**sana_parts())), SANA_CALL, IMAGE),
-    "kandinsky5": Family(kandinsky, TINY_CALL),
-    "kandinsky5-i2v": Family(kandinsky_image, TINY_CALL, IMAGE),
-    "ltx-i2v": Family(ltx_image, TINY_CALL, IMAGE),
-    "ltx": Family(tiny_ltx_pipeline, TINY_CALL),
-    "mochi": Family(tiny_mochi_pipeline, TINY_CALL),
+    "hunyuan-skyreels": Family(
+        HunyuanSkyreelsImageToVideoPipeline,
+        hunyuan_skyreels,
+        TINY_HUNYUAN_CALL,
+        IMAGE,
+        guided={"negative_prompt": "ugly"},
+    ),
+    "hunyuan15": Family(HunyuanVideo15Pipeline, hunyuan_15, HUNYUAN_15_CALL, constants=HUNYUAN_15_LENGTHS),
+    "hunyuan15-i2v": Family(
+        HunyuanVideo15ImageToVideoPipeline, hunyuan_15_image, {"num_frames": 5}, IMAGE, constants=HUNYUAN_15_LENGTHS
+    ),
+    "sana": Family(SanaVideoPipeline, sana, SANA_CALL),
+    "sana-i2v": Family(SanaImageToVideoPipeline, sana_image, SANA_CALL, IMAGE),
+    "kandinsky5": Family(Kandinsky5T2VPipeline, kandinsky, TINY_CALL),
+    "kandinsky5-i2v": Family(Kandinsky5I2VPipeline, kandinsky_image, TINY_CALL, IMAGE),
+    "ltx-i2v": Family(LTXImageToVideoPipeline, ltx_image, TINY_CALL, IMAGE),
+    "ltx": Family(LTXPipeline, tiny_ltx_pipeline, TINY_CALL),
+    "mochi": Family(MochiPipeline, tiny_mochi_pipeline, TINY_CALL),
 }
 """What passes the whole chain in tests/test_families.py, by name."""

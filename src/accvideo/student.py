@@ -348,6 +348,7 @@ def student_config(
         recipe: how the student was distilled.
     """
     timesteps = [scheduler_timestep(*pair) for pair in zip(calls, manifest.key_sigmas.tolist(), strict=False)]
+    guidance_scale, pipeline_args = unguided(manifest)
     scheduler: Any = student_scheduler(manifest, timesteps)
     plain = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
     return StudentConfig(
@@ -359,18 +360,31 @@ def student_config(
         num_steps=manifest.num_student_steps,
         sigmas=manifest.key_sigmas.tolist(),
         timesteps=timesteps,
-        guidance_scale=manifest.guidance_scale if manifest.denoiser_calls == manifest.num_steps else 1.0,
+        guidance_scale=guidance_scale,
         teacher_guidance_scale=manifest.guidance_scale,
         teacher_num_steps=manifest.num_steps,
         height=manifest.height,
         width=manifest.width,
         num_frames=manifest.num_frames,
         fps=manifest.fps,
-        pipeline_args=manifest.pipeline_args,
+        pipeline_args=pipeline_args,
         lora_rank=lora_rank,
         scheduler={"class": type(scheduler).__name__, "config": plain},
         recipe=recipe,
     )
+
+
+def unguided(manifest: Manifest) -> tuple[float | None, dict[str, Any]]:
+    """Guidance scale and further arguments with which the recorded pipeline takes one denoiser call a step.
+
+    Where the denoiser is told one guidance scale and a second makes two calls (HunyuanVideo), the first stays.
+    """
+    if manifest.denoiser_calls == manifest.num_steps:
+        return manifest.guidance_scale, manifest.pipeline_args
+    run = getattr(diffusers, manifest.pipeline_class).__call__
+    if "true_cfg_scale" in inspect.signature(run).parameters:
+        return manifest.guidance_scale, manifest.pipeline_args | {"true_cfg_scale": 1.0}
+    return 1.0, manifest.pipeline_args
 
 
 def save_student(folder: Path, student: Student, config: StudentConfig, metrics: Mapping[str, float]) -> None:

@@ -187,7 +187,7 @@ def watch(
         UserError: on the first step, if the rule does not hold or the call cannot be replayed.
     """
     scheduler, seen = pipeline.scheduler, Watch()
-    original_step, first_index, part = scheduler.step, 0, ()
+    original_step, part = scheduler.step, ()
     calls: list[tuple[str, dict[str, Any]]] = []  # of the step under way
 
     def see_call(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -195,7 +195,7 @@ def watch(
 
     @functools.wraps(original_step)
     def see_step(*args: Any, **kwargs: Any) -> Any:
-        nonlocal first_index, part
+        nonlocal part
         bound = inspect.signature(original_step).bind(*args, **kwargs).arguments
         velocity, sample = bound["model_output"], bound["sample"]
         if bound.get("per_token_timesteps") is not None:
@@ -209,8 +209,13 @@ def watch(
             raise UserError(f"{type(pipeline).__name__} takes a step without calling its denoiser: not supported")
         index = scheduler.step_index - 1  # the step has just raised it
         if not seen.sigmas:
-            seen.sigmas, first_index = scheduler.sigmas.tolist(), index
-        if index != first_index + seen.num_steps:
+            seen.sigmas = scheduler.sigmas.tolist()
+        if seen.num_steps == 0 and index > 0:
+            raise UserError(
+                f"{type(pipeline).__name__} starts at noise level {seen.sigmas[index]:.4g}, from a noised video: "
+                "a student starts from noise\nCall it with strength 1"
+            )
+        if index != seen.num_steps:
             raise UserError(
                 f"{type(pipeline).__name__} makes the video in several runs of the denoiser, one after another: "
                 "supported is one\nAsk for fewer frames, so that it takes one run"
