@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from accvideo.export import ExportConfig, export
-from accvideo.generate import sample_clips
+from accvideo.generate import GenerateConfig, generate, sample_clips
 from accvideo.lora import low_rank
 from accvideo.model import load_model
 from accvideo.record import RecordConfig, record
@@ -686,3 +686,29 @@ def test_files_are_written_tensor_by_tensor(tmp_path: Path):
     assert all(torch.equal(back[name], tensor) and back[name].dtype == tensor.dtype for name, tensor in tensors.items())
     again = read_weights(tmp_path / "file.safetensors")
     assert {name: each.shape for name, each in again.items()} == {name: tuple(t.shape) for name, t in tensors.items()}
+
+
+@pytest.mark.parametrize("argument", ["sigmas=[1.0, 0.5]", "guidance_scale=3.0", "num_inference_steps=7"])
+def test_a_student_refuses_another_schedule(students: dict[str, Path], tmp_path: Path, argument: str):
+    """Its noise levels and guidance travel with the weights; HunyuanVideo's pipeline would take others."""
+    config = read_student_config(students["hunyuan-lora"])
+    assert (config.teacher, config.guidance_scale, len(config.sigmas)) == (
+        str(students["hunyuan-lora"].parent / "teacher"),
+        6.0,
+        6,
+    )
+    with pytest.raises(UserError, match="came with its weights"):
+        generate(
+            GenerateConfig(
+                model=str(students["hunyuan-lora"]), prompt=PROMPT, out=tmp_path / "clip.mp4", pipeline_arg=(argument,)
+            )
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_generate_visits_the_students_noise_levels(students: dict[str, Path]):
+    for folder in students.values():
+        model = load_model(str(folder))
+        [batch] = sample_clips(model, [PROMPT], [0], seed=SEED)
+        assert model.student is not None and batch.sigmas == pytest.approx(model.student.sigmas, abs=1e-6)
+        assert batch.denoiser_calls == 5

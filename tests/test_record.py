@@ -321,13 +321,17 @@ def test_a_full_disk_leaves_nothing_half_written(config, monkeypatch):
     assert record(config)["num_recorded"] == 3 and verify(config.out) == []
 
 
-def test_a_grid_that_does_not_nest_is_told(config, teachers, capsys):
-    """UniPC and DPM nest; Wan with the Euler scheduler does not, and the warning names what does."""
-    for scheduler, nested in (("unipc", True), ("euler", False)):
-        here = replace(config, teacher=str(teachers / scheduler), out=config.out / scheduler, num_trajectories=1)
+def test_noise_levels_that_plain_diffusers_cannot_visit_are_told(config, teachers, tmp_path, capsys):
+    """UniPC and DPM nest and Euler can be made to; with a terminal level it cannot, and the warning names what can."""
+    pipeline: Any = load_pipeline(str(teachers / "euler"))
+    pipeline.register_modules(scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0, shift_terminal=0.1))
+    pipeline.save_pretrained(tmp_path / "terminal")
+    for teacher, nested, warns in (("unipc", True, False), ("euler", False, False), ("terminal", False, True)):
+        folder = tmp_path / teacher if teacher == "terminal" else teachers / teacher
+        here = replace(config, teacher=str(folder), out=config.out / teacher, num_trajectories=1)
         assert record(here)["nested_schedule"] is nested
         assert TrajectoryFolder(here.out).manifest.nested_schedule is nested
-        assert ("UniPCMultistepScheduler" in capsys.readouterr().err) is not nested
+        assert ("UniPCMultistepScheduler" in capsys.readouterr().err) is warns
 
 
 def test_defaults_of_the_teachers_folder(config, teachers, tmp_path):

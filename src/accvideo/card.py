@@ -82,7 +82,7 @@ def model_card(
         f"# {config.num_steps}-step student of {teacher}",
         f"{what} for a `{config.pipeline_class}`, distilled from the teacher's recorded denoising trajectories "
         f"({config.teacher_num_steps} steps, guidance {guidance}) by the method of AccVideo "
-        f"([arXiv:2503.19462](https://arxiv.org/abs/2503.19462)) with [accvideo](https://pypi.org/project/accvideo). "
+        f"([arXiv:2503.19462](https://arxiv.org/abs/2503.19462)). "
         f"It takes {config.num_steps} denoiser calls a video{size}.",
         f"## How to run it\n\n{usage}",
         f"Noise levels (sigmas): {sigmas}\n\nTimesteps: {timesteps}\n\n"

@@ -28,6 +28,9 @@ NUM_TEACHER_STEPS = 50
 
 PLAIN = Acceleration()
 
+SCHEDULE_ARGUMENTS = ("num_inference_steps", "sigmas", "timesteps", "guidance_scale", "guidance_scale_2")
+"""Arguments of pipelines that say which noise levels and guidance they take."""
+
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -142,8 +145,13 @@ def with_arguments(model: Model, arguments: dict[str, Any]) -> Model:
     """The model with further arguments of its pipeline's call.
 
     Raises:
-        UserError: The pipeline does not take one of them.
+        UserError: The pipeline does not take one of them, or it would change a student's noise levels or guidance.
     """
+    if model.student is not None and (own := [name for name in arguments if name in SCHEDULE_ARGUMENTS]):
+        raise UserError(
+            f"{model.name} is a student: its noise levels and guidance came with its weights, and it knows no others\n"
+            f"Leave {own[0]} out of --pipeline-arg"
+        )
     accepted = call_parameters(model.pipeline)
     if unknown := [name for name in arguments if name not in accepted]:
         raise UserError(

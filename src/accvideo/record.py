@@ -30,6 +30,7 @@ from accvideo.command import (
 )
 from accvideo.flow import keypoint_indices
 from accvideo.media import load_media
+from accvideo.student import KeyPointScheduler, student_scheduler
 from accvideo.teacher import (
     Approach,
     Watch,
@@ -351,13 +352,6 @@ def make_manifest(
     keypoints = keypoint_indices(config.num_steps, config.num_student_steps)
     nested = is_nested(key_sigmas, [sigmas[i] for i in keypoints], 1e-5)
     nested = nested and is_nested(key_timesteps, [timesteps[i] for i in keypoints[:-1]], 1.0)
-    if not nested:
-        print(
-            f"warning: the {config.num_student_steps}-step grid of {type(pipeline.scheduler).__name__} is not on its "
-            f"{config.num_steps}-step grid: accvideo can run a student of it, a plain {type(pipeline).__name__} not\n"
-            "Record with UniPCMultistepScheduler or DPMSolverMultistepScheduler (use_flow_sigmas=True) to export one",
-            file=sys.stderr,
-        )
     revision, license = provenance(config.teacher)
     own_defaults = call_parameters(pipeline)
 
@@ -396,6 +390,13 @@ def make_manifest(
         nested_schedule=nested,
         versions={name: version(name) for name in ("accvideo", "torch", "diffusers", "transformers")},
     )
+    if isinstance(student_scheduler(manifest, [timesteps[i] for i in keypoints[:-1]]), KeyPointScheduler):
+        print(
+            f"warning: {type(pipeline.scheduler).__name__} cannot be made to take {config.num_student_steps} steps "
+            f"over these noise levels: accvideo can run a student of them, a plain {type(pipeline).__name__} not\n"
+            "Record with UniPCMultistepScheduler or DPMSolverMultistepScheduler (use_flow_sigmas=True) to export one",
+            file=sys.stderr,
+        )
     return manifest, shared
 
 

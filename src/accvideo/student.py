@@ -227,15 +227,17 @@ def student_scheduler(manifest: Manifest, timesteps: list[float]) -> SchedulerMi
     by Euler steps, so that plain diffusers runs the student too. Otherwise it is a `KeyPointScheduler`.
     """
     sigmas = [float(sigma) for sigma in manifest.key_sigmas]
-    scheduler_class = getattr(diffusers, manifest.scheduler["class"])
+    name = manifest.scheduler["class"]
+    euler = name == FlowMatchEulerDiscreteScheduler.__name__
+    if not manifest.nested_schedule and not (euler and has_own_grid(manifest)):
+        return KeyPointScheduler(sigmas, timesteps)
+    scheduler_class = getattr(diffusers, name)
     if manifest.nested_schedule:
         takes = inspect.signature(scheduler_class.__init__).parameters
         first_order = {"solver_order": 1, "disable_corrector": list(range(len(timesteps)))}
         changes = {name: value for name, value in first_order.items() if name in takes}
-    elif scheduler_class is FlowMatchEulerDiscreteScheduler and has_own_grid(manifest):
-        changes = nested_euler(manifest)
     else:
-        return KeyPointScheduler(sigmas, timesteps)
+        changes = nested_euler(manifest)
     scheduler = scheduler_class.from_config(dict(manifest.scheduler["config"]) | changes)
     if walks(scheduler, sigmas, timesteps):
         return scheduler_class.from_config(scheduler.config)

@@ -116,7 +116,7 @@ def write_weights(
         for name in names:
             tensor = weights[name].read().detach().cpu().contiguous()
             assert (tuple(tensor.shape), tensor.dtype) == (weights[name].shape, weights[name].dtype)
-            file.write(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+            tensor.flatten().view(torch.uint8).numpy().tofile(file)
             on_tensor()
 
 
@@ -140,7 +140,9 @@ def shard_files(weights: Weights, max_bytes: int) -> tuple[dict[str, Weights], d
         return {WEIGHTS_NAME: weights}, None
     stem, suffix = WEIGHTS_NAME.split(".")
     names = [f"{stem}-{number:05d}-of-{len(groups):05d}.{suffix}" for number in range(1, len(groups) + 1)]
-    files = {file: {name: weights[name] for name in group} for file, group in zip(names, groups, strict=True)}
+    files: dict[str, Weights] = {
+        file: {name: weights[name] for name in group} for file, group in zip(names, groups, strict=True)
+    }
     weight_map = {name: file for file, group in files.items() for name in group}
     return files, {"metadata": {"total_size": total_bytes(weights.values())}, "weight_map": weight_map}
 
