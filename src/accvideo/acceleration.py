@@ -202,7 +202,7 @@ def share_tokens(pipeline: DiffusionPipeline, kind: Literal["ulysses", "ring"]) 
     Raises:
         UserError: diffusers has no plan for this denoiser, or its attention backend cannot.
     """
-    degree = {f"{kind}_degree": torch.distributed.get_world_size()}
+    size = torch.distributed.get_world_size()
     denoiser: Any
     for denoiser in denoisers(pipeline).values():
         if denoiser._cp_plan is None:
@@ -211,4 +211,5 @@ def share_tokens(pipeline: DiffusionPipeline, kind: Literal["ulysses", "ring"]) 
                 "leave --context-parallel out"
             )
         with explained(denoiser, f"--context-parallel {kind}"):
-            denoiser.enable_parallelism(config=ContextParallelConfig(**degree))
+            degrees = (size, 1) if kind == "ring" else (1, size)
+            denoiser.enable_parallelism(config=ContextParallelConfig(*degrees))

@@ -195,8 +195,9 @@ def stopwatch(pipeline: Any) -> Iterator[list[float]]:
     """Times one run of a pipeline: start, first denoiser call, start of decoding, end, in seconds."""
 
     def mark(*_: Any) -> None:
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
+        device = pipeline._execution_device  # also where offloading keeps the weights elsewhere
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         marks.append(time.perf_counter())
 
     def first_call(*_: Any) -> None:
@@ -359,7 +360,7 @@ def generate_missing(
             generation |= {
                 "sigmas": batch.sigmas,
                 "denoiser_calls": batch.denoiser_calls,
-                "peak_memory_bytes": peak_memory(),
+                "peak_memory_bytes": peak_memory(choose_device(config.device)),
             }
             if writes:
                 for index, frames in zip(block, batch.frames, strict=True):
@@ -423,9 +424,9 @@ def open_journal(out: Path, journal: Path, files: Sequence[Path], settings: dict
     return {"settings": settings, "versions": versions, "videos": []}
 
 
-def peak_memory() -> int:
-    """Most bytes used so far: on the accelerator if there is one in use, else resident in memory."""
-    if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
+def peak_memory(device: str) -> int:
+    """Most bytes used so far: on the accelerator if there is one, else resident in memory."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
