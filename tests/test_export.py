@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers.utils
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -712,3 +713,30 @@ def test_generate_visits_the_students_noise_levels(students: dict[str, Path]):
         [batch] = sample_clips(model, [PROMPT], [0], seed=SEED)
         assert model.student is not None and batch.sigmas == pytest.approx(model.student.sigmas, abs=1e-6)
         assert batch.denoiser_calls == 5
+
+
+def test_the_teachers_revision_is_the_recorded_one(
+    students: dict[str, Path], generated: dict[str, Clip], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A teacher on the hub whose main branch has moved on: generate and export take the commit of the student."""
+    student, old, new = students["wan-unipc-lora"], "a" * 40, "b" * 40
+    repository = tmp_path / "hub/models--someone--tiny-wan"
+    shutil.copytree(student.parent / "teacher", repository / "snapshots" / old)
+    tiny_wan_pipeline("unipc", seed=9).save_pretrained(repository / "snapshots" / new)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(new)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    settings = {"teacher": "someone/tiny-wan", "license": "apache-2.0"}
+    ours = changed_config(student, tmp_path / "ours", revision=old, **settings)
+    export(ExportConfig(student=str(ours), to="diffusers", out=tmp_path / "folder"))
+    for folder in (ours, tmp_path / "folder"):
+        pipeline = load_model(str(folder)).pipeline
+        assert torch.equal(run_pipeline(pipeline, TINY_CALL), generated["wan-unipc-lora"].latents)
+    card = ModelCard.load(tmp_path / "folder/README.md").data
+    assert (card.base_model, card.license) == ("someone/tiny-wan", "apache-2.0")
+    assert card.base_model_relation == "finetune"
+
+    theirs = changed_config(student, tmp_path / "theirs", revision=new, **settings)
+    with pytest.raises(UserError, match="student of another teacher"):
+        load_model(str(theirs))

@@ -446,7 +446,7 @@ def load_student(
     """
     config = read_student_config(folder)
     teacher_quantization = None if quantization is None else pipeline_quantization(quantization, dtype)
-    pipeline: Any = load_pipeline(config.teacher, dtype, quantization=teacher_quantization)
+    pipeline: Any = load_pipeline(config.teacher, dtype, quantization=teacher_quantization, revision=config.revision)
     denoiser: Any
     for name, denoiser in denoisers(pipeline).items():
         found = fingerprint(denoiser) if quantization is None else stored_fingerprint(denoiser)

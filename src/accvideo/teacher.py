@@ -37,8 +37,9 @@ def load_pipeline(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     quantization: PipelineQuantizationConfig | None = None,
+    revision: str | None = None,
 ) -> DiffusionPipeline:
-    """The pipeline called `name`: "playground" (the embedded teacher), a local folder, or a hub id.
+    """The pipeline called `name`: "playground" (the embedded teacher), a local folder, or a hub id at a revision.
 
     Raises:
         UserError: there is no such pipeline, or it has no denoiser.
@@ -48,7 +49,7 @@ def load_pipeline(
         raise UserError(f"{name} is not a pipeline: no model_index.json in it; give a folder that diffusers saved")
     try:
         pipeline = DiffusionPipeline.from_pretrained(
-            path or name, dtype=dtype, use_safetensors=True, quantization_config=quantization
+            path or name, revision=revision, dtype=dtype, use_safetensors=True, quantization_config=quantization
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
