@@ -123,7 +123,8 @@ def test_a_trajectory_takes_the_bytes_that_were_planned(tmp_path: Path):
 @pytest.mark.parametrize("rank", [None, 4])
 def test_states_of_training_take_the_bytes_that_were_planned(rank: int | None):
     """Weights, teacher, gradients and moments of a real student after an update; the plan adds autocast's copies."""
-    student = Student({"transformer": wan_transformer().to(torch.bfloat16)}, lora_rank=rank)
+    denoiser: Any = wan_transformer()
+    student = Student({"transformer": denoiser.to(torch.bfloat16)}, lora_rank=rank)
     optimizer = AdamW(student.trained().values())
     for parameter in student.trained().values():
         parameter.grad = torch.zeros_like(parameter)

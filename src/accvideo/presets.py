@@ -37,14 +37,15 @@ class Network:
     depth: tuple[str, ...] = ()
     """The entries of `config` that count its repeated blocks."""
 
-    def build(self, **changes: Any) -> nn.Module:
-        """The network in bfloat16 on the meta device: shapes without memory.
+    def build(self, device: str = "meta", **changes: Any) -> nn.Module:
+        """The network in bfloat16 with random weights; on the meta device it has shapes and no memory.
 
         Args:
+            device: where it is made.
             changes: of the configuration.
         """
         config = self.config | changes
-        with torch.device("meta"):
+        with torch.device(device):
             if hasattr(diffusers, self.class_name):
                 network = getattr(diffusers, self.class_name)(**config)
             else:
@@ -489,6 +490,11 @@ def distill_defaults(preset: Preset, data: Path, out: Path) -> DistillConfig:
     return replace(paper(data, out), feature_layers=preset.feature_layers)
 
 
+def names(command: str) -> list[str]:
+    """The presets of `accvideo record` or `accvideo distill`; the first is what it starts from without one."""
+    return [*(distill.PRESETS if command == "distill" else ["default"]), *PRESETS]
+
+
 def defaults(command: str, name: str) -> RecordConfig | DistillConfig:
     """What `accvideo record` or `accvideo distill` starts from with `--preset NAME`.
 
@@ -500,8 +506,7 @@ def defaults(command: str, name: str) -> RecordConfig | DistillConfig:
     if command == "record" and name == "default":
         return RecordConfig(teacher=tyro.MISSING, prompts=tyro.MISSING, out=tyro.MISSING)
     if name not in PRESETS:
-        own = list(distill.PRESETS) if command == "distill" else ["default"]
-        raise UserError(f"unknown preset {name!r}; known are {', '.join([*own, *PRESETS])}")
+        raise UserError(f"unknown preset {name!r}; known are {', '.join(names(command))}")
     if command == "record":
         return record_defaults(PRESETS[name])
     return distill_defaults(PRESETS[name], tyro.MISSING, tyro.MISSING)
