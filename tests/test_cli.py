@@ -90,3 +90,14 @@ def test_presets_are_chosen_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert paper == distill.paper(Path("data"), tmp_path)
     assert (smaller.batch_size, smaller.update) == (4, "alternating")
     assert default == distill.DistillConfig(data=Path("data"), out=tmp_path)
+
+
+@pytest.mark.parametrize("command", ["record", "distill"])
+def test_help_lists_the_presets_and_shows_the_values_of_the_one_chosen(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "400")
+    assert cli.run([command, "--help", "--preset", "wan21-t2v-14b"]) == 0
+    shown = capsys.readouterr().out
+    assert "--preset {default," in shown and "hunyuan-544p" in shown
+    assert {"record": "(default: 832)", "distill": "(default: 5e-06)"}[command] in shown

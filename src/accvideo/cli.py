@@ -4,9 +4,8 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import Annotated, Any, Literal
 
 COMMANDS = {
     "demo": ("accvideo.demo", "the whole loop on the embedded playground, in minutes on a laptop"),
@@ -82,20 +81,35 @@ def execute(command: str, arguments: list[str]) -> dict[str, Any]:
     """Parse the options of a command and run it; returns its summary."""
     import tyro
 
-    parse: Callable[..., Any] = tyro.cli
     wanted = "--help" in arguments or "-h" in arguments
-    module, name, default = import_module(COMMANDS[command][0]), command.split()[-1], {}
+    module, name = import_module(COMMANDS[command][0]), command.split()[-1]
     if not wanted:
         quiet_libraries()
-    presets = import_module("accvideo.presets") if command in ("record", "distill") else None
-    preset, arguments = take_option(arguments, "--preset", "default") if presets else ("default", arguments)
-    if presets:
-        default = {"default": presets.defaults(command, preset)}
-    config_class = getattr(module, f"{name.capitalize()}Config")
-    config = parse(config_class, prog=f"accvideo {command}", args=arguments, **default)
-    if presets:
-        presets.check(preset, config)
+    config_class: Any = getattr(module, f"{name.capitalize()}Config")
+    if command not in ("record", "distill"):
+        return getattr(module, name)(tyro.cli(config_class, prog=f"accvideo {command}", args=arguments))
+    from accvideo import presets
+
+    preset = option_value(arguments, "--preset", "default")
+    config = parse_with_preset(command, config_class, preset, presets.defaults(command, preset), arguments)
+    presets.check(preset, config)
     return getattr(module, name)(config)
+
+
+def parse_with_preset(command: str, config_class: Any, preset: str, start: Any, arguments: list[str]) -> Any:
+    """The configuration of a command that starts from a preset, `start`, which other options change."""
+    import tyro
+
+    from accvideo.presets import names
+
+    known: Any = Literal[tuple(names(command))]
+    own_config = Annotated[config_class, tyro.conf.arg(name="")]
+    own_preset = Annotated[known, tyro.conf.arg(help="Settings to start from; the other options change them.")]
+
+    def options(config: own_config = start, preset: own_preset = preset) -> Any:
+        return config
+
+    return tyro.cli(options, prog=f"accvideo {command}", description=config_class.__doc__, args=arguments)
 
 
 def show(summary: dict[str, Any]) -> None:
@@ -105,14 +119,14 @@ def show(summary: dict[str, Any]) -> None:
             print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}", file=sys.stderr)
 
 
-def take_option(arguments: list[str], option: str, default: str) -> tuple[str, list[str]]:
-    """The value of an option, and the arguments without it."""
-    for i, word in enumerate(arguments):
-        if word == option and i + 1 < len(arguments):
-            return arguments[i + 1], arguments[:i] + arguments[i + 2 :]
+def option_value(arguments: list[str], option: str, default: str) -> str:
+    """The value of an option that is read before the others are parsed."""
+    for word, following in zip(arguments, [*arguments[1:], default], strict=True):
+        if word == option:
+            return following
         if word.startswith(option + "="):
-            return word.removeprefix(option + "="), arguments[:i] + arguments[i + 1 :]
-    return default, arguments
+            return word.removeprefix(option + "=")
+    return default
 
 
 def quiet_libraries() -> None:
