@@ -139,6 +139,13 @@ def test_compiled_blocks_compute_the_same():
     torch.testing.assert_close(clips(pipeline).latents, expected.latents, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.usefixtures("backend_restored")
+def test_attention_backend_that_cannot_run_is_refused():
+    """It shows in the first denoiser call only, here because the kernel is for another device."""
+    with pytest.raises(UserError, match="WanPipeline refuses its arguments: No viable backend"):
+        clips(accelerated(attention_backend="_native_cudnn"))
+
+
 def test_what_a_machine_lacks_is_said_before_loading():
     """Loading would fail with another message: there is no such model."""
     for switches, message in (

@@ -172,13 +172,13 @@ def sample_clips(
                     output_type="np",
                     **arguments,
                 )
-            except (ValueError, TypeError) as error:
+            except torch.OutOfMemoryError as error:
+                raise UserError(OUT_OF_MEMORY) from error
+            except (ValueError, TypeError, RuntimeError) as error:
                 if seen.num_steps:
                     raise
                 reason = str(error).splitlines()[0]
                 raise UserError(f"{type(model.pipeline).__name__} refuses its arguments: {reason}") from error
-            except torch.OutOfMemoryError as error:
-                raise UserError(OUT_OF_MEMORY) from error
         assert seen.final is not None
         yield ClipBatch(
             indices=items,
