@@ -15,14 +15,17 @@ import numpy as np
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from accvideo.acceleration import Quantization, pipeline_quantization, quantization_config, stored_fingerprint
@@ -118,15 +121,37 @@ def add_lora(denoiser: Any, rank: int) -> None:
     """Add float32 adapters of this rank, zero at the start, to every linear layer of the denoiser's blocks.
 
     Hu et al. 2021, arXiv:2106.09685, with alpha equal to the rank.
+
+    Raises:
+        UserError: diffusers knows no adapters for this class of denoisers.
     """
-    linear = {
+    if not isinstance(denoiser, PeftAdapterMixin):
+        raise UserError(f"diffusers gives {type(denoiser).__name__} no adapters: train all its weights, with --full")
+    names = {
         name for block in denoiser_blocks(denoiser) for name, module in block.named_modules()
         if isinstance(module, nn.Linear)
     }  # fmt: skip
-    denoiser.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(linear)))
+    denoiser.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(names)))
     for parameter in denoiser.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    for module in denoiser.modules():
+        if isinstance(module, LoraLayer):
+            module.forward = partial(adapted, module)
+
+
+def adapted(layer: Any, hidden: Tensor) -> Tensor:
+    """What a linear layer with its adapter gives.
+
+    As peft computes it, but added up in one pass over the output: peft makes three, and as many large tensors, which
+    cost a tenth of a step's time.
+    """
+    output = layer.base_layer(hidden)
+    if layer.disable_adapters:
+        return output
+    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    narrow = linear(hidden, down.to(hidden.dtype)).to(output.dtype)
+    return torch.addmm(output.flatten(0, -2), narrow.flatten(0, -2), up.to(output.dtype).t()).view_as(output)
 
 
 def checkpointed(arithmetic: Callable[[], AbstractContextManager[None]], block: nn.Module, *args: Any) -> Any:
