@@ -195,7 +195,6 @@ def stopwatch(pipeline: Any) -> Iterator[list[float]]:
     """Times one run of a pipeline: start, first denoiser call, start of decoding, end, in seconds."""
 
     def mark(*_: Any) -> None:
-        device = pipeline._execution_device  # also where offloading keeps the weights elsewhere
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         marks.append(time.perf_counter())
@@ -213,6 +212,8 @@ def stopwatch(pipeline: Any) -> Iterator[list[float]]:
         return original_decode(*args, **kwargs)
 
     marks: list[float] = []
+    # The pipeline knows where it computes, also where weights are elsewhere; but it takes milliseconds to find out.
+    device = pipeline._execution_device if torch.cuda.is_initialized() else torch.device("cpu")
     hooks = [denoiser.register_forward_pre_hook(first_call) for denoiser in denoisers(pipeline).values()]
     pipeline.vae.decode = decode
     try:
