@@ -37,14 +37,15 @@ class Network:
     depth: tuple[str, ...] = ()
     """The entries of `config` that count its repeated blocks."""
 
-    def build(self, **changes: Any) -> nn.Module:
-        """The network in bfloat16 on the meta device: shapes without memory.
+    def build(self, device: str = "meta", **changes: Any) -> nn.Module:
+        """The network in bfloat16 with random weights; on the meta device it has shapes and no memory.
 
         Args:
+            device: where it is made.
             changes: of the configuration.
         """
         config = self.config | changes
-        with torch.device("meta"):
+        with torch.device(device):
             if hasattr(diffusers, self.class_name):
                 network = getattr(diffusers, self.class_name)(**config)
             else:
