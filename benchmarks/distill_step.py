@@ -1,14 +1,22 @@
-"""Time of a distillation step against the same step written by hand in bare torch.
+"""Time and memory of a distillation step against bare torch.
 
-    python benchmarks/distill_step.py [--lora] [--bfloat16] [--threads 1] [--batch-size 16] [--rounds 5]
+    python benchmarks/distill_step.py [--size playground|9m] [--against step|regression] [--memory] [--full] ...
 
-The model is the playground's size: a Wan denoiser of width 192 with 8 blocks, states [48, 5, 4, 4], random weights.
-Both sides are timed in turns, a sweep of five key points each; the medians are compared. One JSON object on stdout.
+`--against step`: the whole alternating step (trajectory loss, rollout, generator and head updates) written by hand.
+`--against regression`: a full-weight regression step alone, written by hand; the ratio is what the rest costs.
+
+Models have random weights: `playground` is the embedded teacher's size (width 192, 8 blocks, 80 tokens), `9m` a Wan of
+9 million parameters (width 256, 8 heads, 8 blocks, feed-forward 1024) on 480 tokens, with a text of 32x128. All sides
+are timed in turns, a sweep of the five key points each; medians of CPU seconds a step are compared. With `--memory`
+each side runs in a process of its own instead, and peaks are compared. One JSON object on stdout.
 """
 
 import argparse
 import json
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -18,116 +26,158 @@ from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
-from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss, softplus
 
-from accvideo.call import DenoiserCall
-from accvideo.discriminator import Head
-from accvideo.distill import DistillConfig, start_training, train
-from accvideo.flow import shifted_sigmas
-from accvideo.trajectory import TrajectoryBatch
-
-SIGMAS = shifted_sigmas(5, shift=5)
 RANK = 16
+_UNIFORM = torch.linspace(1, 0, 6)
+SIGMAS = 5 * _UNIFORM / (1 + 4 * _UNIFORM)  # of 5 steps, at shift 5
+
+SIZES: dict[str, tuple[dict[str, Any], tuple[int, ...], tuple[int, int]]] = {
+    "playground": (
+        {
+            "patch_size": (1, 1, 1), "num_attention_heads": 6, "attention_head_dim": 32, "in_channels": 48,
+            "out_channels": 48, "text_dim": 64, "freq_dim": 64, "ffn_dim": 768, "num_layers": 8,
+        },
+        (48, 5, 4, 4),
+        (32, 64),
+    ),
+    "9m": (
+        {
+            "patch_size": (1, 2, 2), "num_attention_heads": 8, "attention_head_dim": 32, "in_channels": 16,
+            "out_channels": 16, "text_dim": 128, "freq_dim": 256, "ffn_dim": 1024, "num_layers": 8,
+        },
+        (16, 5, 16, 24),
+        (32, 128),
+    ),
+}  # fmt: skip
+"""Configuration of the denoiser, shape of the state, and of the text, by the name of the size."""
+
+Sweep = Callable[[], None]
 
 
-def denoiser() -> WanTransformer3DModel:
-    """The playground's size."""
-    torch.manual_seed(0)
-    return WanTransformer3DModel(
-        patch_size=(1, 1, 1),
-        num_attention_heads=6,
-        attention_head_dim=32,
-        in_channels=48,
-        out_channels=48,
-        text_dim=64,
-        freq_dim=64,
-        ffn_dim=768,
-        num_layers=8,
-    ).eval()
+class Setting:
+    """What every side computes on."""
+
+    def __init__(self, size: str, batch_size: int, bfloat16: bool) -> None:
+        self.model, state, text = SIZES[size]
+        torch.manual_seed(1)
+        self.states = torch.randn(batch_size, 6, *state)
+        self.text = torch.randn(batch_size, *text)
+        self.autocast: Callable[[], AbstractContextManager] = partial(
+            torch.autocast, "cpu", torch.bfloat16, enabled=bfloat16
+        )
+        self.precision = "bfloat16" if bfloat16 else "float32"
+
+    def denoiser(self) -> WanTransformer3DModel:
+        """With the same random weights each time."""
+        torch.manual_seed(0)
+        return WanTransformer3DModel(**self.model).eval()
 
 
-def make_batch(batch_size: int) -> TrajectoryBatch:
-    """Random states and prompts of 32 tokens."""
-    text = torch.randn(batch_size, 32, 64)
+def ours(setting: Setting, **settings: Any) -> Sweep:
+    """One sweep of `accvideo.distill.train`; settings are those of `accvideo distill`."""
+    from accvideo.call import DenoiserCall
+    from accvideo.distill import DistillConfig, start_training, train
+    from accvideo.trajectory import TrajectoryBatch
+
+    size = len(setting.states)
     calls = tuple(
         DenoiserCall(
-            {"timestep": (1000 * sigma).expand(batch_size), "encoder_hidden_states": text}, {"return_dict": False}
+            {"timestep": (1000 * sigma).expand(size), "encoder_hidden_states": setting.text}, {"return_dict": False}
         )
         for sigma in SIGMAS[:-1]
     )
-    states = torch.randn(batch_size, 6, 48, 5, 4, 4)
-    return TrajectoryBatch(states, calls, ("transformer",) * 5, ("",) * batch_size, tuple(range(batch_size)))
-
-
-def ours(batch: TrajectoryBatch, lora: bool, bfloat16: bool) -> Callable[[], None]:
-    """A function that runs one sweep of `accvideo.distill.train`."""
+    batch = TrajectoryBatch(setting.states, calls, ("transformer",) * 5, ("",) * size, tuple(range(size)))
     config = DistillConfig(
-        data=Path(), out=Path(), full=not lora, lora_rank=RANK, num_iterations=10**9, device="cpu",
-        precision="bfloat16" if bfloat16 else "float32", update="alternating",
+        data=Path(), out=Path(), num_iterations=10**9, save_every=10**9, device="cpu", precision=setting.precision,
+        lora_rank=RANK, **settings,
     )  # fmt: skip
-    training = start_training(config, {"transformer": denoiser()}, SIGMAS, batch)
+    training = start_training(config, {"transformer": setting.denoiser()}, SIGMAS, batch)
 
     def batches(start: int) -> Iterator[TrajectoryBatch]:
         while True:
             yield batch
 
+    class Swept(Exception):  # noqa: N818 - a way out of the endless loop
+        pass
+
+    def log(line: dict[str, Any]) -> None:
+        if line["keypoint"] == 4:
+            training.iteration += 1
+            raise Swept
+
     def sweep() -> None:
-        class Done(Exception):
-            pass
-
-        def log(line: dict[str, Any]) -> None:
-            if line["keypoint"] == 4:
-                training.iteration += 1
-                raise Done
-
         try:
             train(config, training, SIGMAS, batches, log=log)
-        except Done:
+        except Swept:
             pass
 
     return sweep
 
 
-def bare(batch: TrajectoryBatch, lora: bool, bfloat16: bool) -> Callable[[], None]:
-    """The same sweep by hand: a LoRA student with a frozen teacher beside it, hooks for features, two optimizers."""
-    student, teacher = denoiser(), denoiser().requires_grad_(False)
-    if lora:
+def regression(setting: Setting) -> Sweep:
+    """Five full-weight regression steps by hand: mean velocity, clipping, AdamW."""
+    student = setting.denoiser()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=0, fused=True)
+
+    def sweep() -> None:
+        for k in range(5):
+            state, following = setting.states[:, k], setting.states[:, k + 1]
+            with setting.autocast():
+                timestep = (1000 * SIGMAS[k]).expand(len(state))
+                velocity = student(state, timestep, setting.text, return_dict=False)[0].float()
+            mse_loss(velocity, (following - state) / float(SIGMAS[k + 1] - SIGMAS[k])).backward()
+            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return sweep
+
+
+def by_hand(setting: Setting, full: bool) -> Sweep:
+    """The alternating step by hand: a student with a frozen teacher beside it, its blocks inlined, two optimizers."""
+    from peft import LoraConfig
+
+    from accvideo.discriminator import Head
+
+    student, teacher = setting.denoiser(), setting.denoiser().requires_grad_(False)
+    if not full:
         student.requires_grad_(False)
         targets = sorted({n for n, m in student.blocks[0].named_modules() if isinstance(m, nn.Linear)})
         student.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets))
-    heads = nn.ModuleList(Head(192) for _ in range(5))
+    width = teacher.config["num_attention_heads"] * teacher.config["attention_head_dim"]
+    heads = nn.ModuleList(Head(width) for _ in range(5))
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0, fused=True)
     head_optimizer = torch.optim.AdamW(heads.parameters(), lr=1e-4, weight_decay=0, fused=True)
-    text, timesteps = batch.calls[0].tensors["encoder_hidden_states"], [*(1000 * SIGMAS)]
-    autocast: Callable[[], AbstractContextManager] = partial(torch.autocast, "cpu", torch.bfloat16, enabled=bfloat16)
+    timesteps = [*(1000 * SIGMAS)]
+    frames, *rows = (n // p for n, p in zip(setting.states.shape[3:], teacher.config["patch_size"], strict=True))
 
     def velocity(latents: Tensor, k: int) -> Tensor:
-        with autocast():
-            return student(latents, timesteps[k].expand(len(latents)), text, return_dict=False)[0].float()
+        with setting.autocast():
+            return student(latents, timesteps[k].expand(len(latents)), setting.text, return_dict=False)[0].float()
 
     def features(latents: Tensor, k: int) -> Tensor:
         """The first blocks of the teacher, inlined."""
-        with autocast():
+        with setting.autocast():
             timestep = timesteps[k].expand(len(latents))
             rotary = teacher.rope(latents)
             hidden = teacher.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()
-            _, projection, encoded, _ = teacher.condition_embedder(timestep, text, None)
+            _, projection, encoded, _ = teacher.condition_embedder(timestep, setting.text, None)
             projection = projection.unflatten(1, (6, -1))
             for block in teacher.blocks[: 8 if k < 5 else 5]:
                 hidden = block(hidden, encoded, projection, rotary)
         return hidden.float()
 
     def logits(hidden: Tensor, k: int) -> Tensor:
-        return heads[k](hidden.reshape(-1, 4, 4, 192).permute(0, 3, 1, 2)).reshape(len(hidden), -1)
+        return heads[k](hidden.reshape(-1, *rows, width).permute(0, 3, 1, 2)).reshape(len(hidden), -1)
 
     def sweep() -> None:
-        latents = torch.randn(len(batch.states), 48, 5, 4, 4)
+        latents = torch.randn_like(setting.states[:, 0])
         for k in range(5):
             gap = float(SIGMAS[k + 1] - SIGMAS[k])
-            state, following = batch.states[:, k], batch.states[:, k + 1]
+            state, following = setting.states[:, k], setting.states[:, k + 1]
             mse_loss(velocity(state, k), (following - state) / gap).backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
@@ -154,26 +204,65 @@ def bare(batch: TrajectoryBatch, lora: bool, bfloat16: bool) -> Callable[[], Non
     return sweep
 
 
+def sides(arguments: argparse.Namespace) -> dict[str, Callable[[Setting], Sweep]]:
+    """What is compared, by name; the bare one comes last."""
+    settings = {
+        "full": arguments.full,
+        "gradient_checkpointing": arguments.gradient_checkpointing,
+        "feature_layers": tuple(arguments.feature_layers) if arguments.feature_layers else None,
+    }
+    mine = {update: partial(ours, update=update, **settings) for update in arguments.updates}
+    bare = {"step": partial(by_hand, full=arguments.full), "regression": regression}[arguments.against]
+    return {**mine, "bare": bare}
+
+
+def cpu_seconds(sweeps: dict[str, Sweep], num_rounds: int) -> dict[str, float]:
+    """Median CPU seconds of a step of each; the first round warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in sweeps}
+    for name, sweep in [*sweeps.items()] * (num_rounds + 1):
+        began = time.process_time()
+        sweep()
+        seconds[name].append((time.process_time() - began) / 5)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+def peak_megabytes(name: str) -> float:
+    """Peak memory of a process that runs this very command for one side alone."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
 def main() -> None:
-    """Time both in turns and print the medians."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--lora", action="store_true")
+    """Measure all sides and print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="playground")
+    parser.add_argument("--against", choices=("step", "regression"), default="step")
+    parser.add_argument("--updates", nargs="+", default=["alternating"], help="values of --update of accvideo distill")
+    parser.add_argument("--full", action="store_true", help="train full weights instead of a LoRA of rank 16")
+    parser.add_argument("--feature-layers", nargs=2, type=int, help="as of accvideo distill")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--bfloat16", action="store_true")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory instead of time")
+    parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    batch = make_batch(arguments.batch_size)
-    sweeps = {side.__name__: side(batch, arguments.lora, arguments.bfloat16) for side in (ours, bare)}
-    seconds: dict[str, list[float]] = {name: [] for name in sweeps}
-    for name, sweep in [*sweeps.items()] * (arguments.rounds + 1):
-        began = time.process_time()
-        sweep()
-        seconds[name].append((time.process_time() - began) / 5)
-    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}  # the first warms up
-    result = {**vars(arguments), "cpu_seconds_a_step": medians, "overhead": medians["ours"] / medians["bare"] - 1}
-    print(json.dumps(result))
+    setting, compared = Setting(arguments.size, arguments.batch_size, arguments.bfloat16), sides(arguments)
+    if arguments.only:
+        sweep = compared[arguments.only](setting)
+        for _ in range(arguments.rounds):
+            sweep()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        return
+    if arguments.memory:
+        measured, quantity = {name: peak_megabytes(name) for name in compared}, "peak_megabytes"
+    else:
+        sweeps = {name: side(setting) for name, side in compared.items()}
+        measured, quantity = cpu_seconds(sweeps, arguments.rounds), "cpu_seconds_a_step"
+    ratios = {name: value / measured["bare"] for name, value in measured.items() if name != "bare"}
+    print(json.dumps({**vars(arguments), quantity: measured, "ratio": ratios}))
 
 
 if __name__ == "__main__":

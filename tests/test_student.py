@@ -1,11 +1,14 @@
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
 from accvideo.call import layer_features, replay
@@ -15,6 +18,7 @@ from accvideo.student import (
     KeyPointScheduler,
     Student,
     StudentConfig,
+    adapted,
     load_student,
     save_student,
     student_config,
@@ -117,6 +121,75 @@ def test_weights_that_train_are_float32_whatever_the_teachers_are(folder: Trajec
         velocity = student.velocity("transformer", batch.calls[0], batch.states[:, 0])
         velocity.sum().backward()
         assert velocity.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_adapters_compute_what_peft_does(autocast: bool, dtype: torch.dtype):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(24, 40)).to(dtype)
+    layer: Any = inject_adapter_in_model(LoraConfig(r=4, lora_alpha=4, target_modules=["0"]), model)[0]
+    layer.lora_A.float(), layer.lora_B.float()
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    hidden = torch.randn(2, 5, 24, dtype=dtype)
+    results = []
+    for forward in (layer.forward, partial(adapted, layer)):
+        own = hidden.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = forward(own)
+        output.float().square().sum().backward()
+        weights = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+        results.append([output.float(), own.grad.float(), *(weight.grad.clone() for weight in weights)])
+        for weight in weights:
+            weight.grad = None
+    for expected, found in zip(*results, strict=True):
+        exact = dtype == torch.float32 and not autocast
+        assert (found - expected).norm() < (1e-5 if exact else 2e-2) * expected.norm()
+
+
+@pytest.mark.parametrize("rank", [4, None])
+def test_two_experts_and_their_teachers_are_one_copy_of_the_weights_with_a_lora(rank: int | None):
+    experts = {"transformer": wan_transformer(), "transformer_2": wan_transformer()}
+    size = sum(parameter.nbytes for model in experts.values() for parameter in model.parameters())
+    student = Student(experts, rank)
+    models = [*student.denoisers.values(), *student.teachers.values()]
+    storages = {
+        parameter.untyped_storage().data_ptr(): parameter.nbytes for m in models for parameter in m.parameters()
+    }
+    adapters = sum(parameter.nbytes for parameter in student.trained().values()) if rank else 0
+    assert sum(storages.values()) - adapters == (size if rank else 2 * size)
+    assert adapters < size
+
+
+@pytest.mark.parametrize("rank", [4, None])
+def test_gradient_checkpointing_keeps_little_of_the_student_and_of_the_features(
+    folder: TrajectoryFolder, batch: TrajectoryBatch, rank: int | None
+):
+    """Bytes that the backward pass waits for, weights aside."""
+    kept: dict[bool, list[int]] = {}
+    for checkpointing in (False, True):
+        student = make_student(folder, rank, gradient_checkpointing=checkpointing)
+        given = ("transformer", batch.calls[3], batch.states[:, 3].clone().requires_grad_())
+        kept[checkpointing] = [
+            bytes_kept(student, partial(student.velocity, *given)),
+            bytes_kept(student, partial(student.teacher_features, *given, layer=3)),
+        ]
+    assert all(less < 0.5 * more for less, more in zip(kept[True], kept[False], strict=True))
+
+
+def bytes_kept(student: Student, forward: Callable[[], Tensor]) -> int:
+    models = [*student.denoisers.values(), *student.teachers.values()]
+    weights = {parameter.untyped_storage().data_ptr() for model in models for parameter in model.parameters()}
+    storages: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = forward()
+    assert result.requires_grad
+    return sum(size for pointer, size in storages.items() if pointer not in weights)
 
 
 @pytest.mark.parametrize("rank", [4, None])
