@@ -6,23 +6,35 @@ Text encoders and tokenizers are made on the spot. A clip has 16x16 or 32x32 pix
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     AnyFlowPipeline,
     AnyFlowTransformer3DModel,
     AutoencoderKLHunyuanVideo15,
+    AutoencoderKLMagvit,
     ChronoEditPipeline,
     ChronoEditTransformer3DModel,
     ClassifierFreeGuidance,
+    Cosmos2_5_PredictBasePipeline,
+    CosmosTransformer3DModel,
     DiffusionPipeline,
+    EasyAnimatePipeline,
+    EasyAnimateTransformer3DModel,
     FlowMapEulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HeliosPipeline,
+    HeliosScheduler,
+    HeliosTransformer3DModel,
     HunyuanSkyreelsImageToVideoPipeline,
     HunyuanVideo15ImageToVideoPipeline,
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
+    HunyuanVideoFramepackPipeline,
+    HunyuanVideoFramepackTransformer3DModel,
     HunyuanVideoImageToVideoPipeline,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
@@ -33,18 +45,24 @@ from diffusers import (
     LTXPipeline,
     LucyEditPipeline,
     MochiPipeline,
+    MotifVideoImage2VideoPipeline,
+    MotifVideoPipeline,
+    MotifVideoTransformer3DModel,
     SanaImageToVideoPipeline,
     SanaVideoPipeline,
     SanaVideoTransformer3DModel,
     SkyReelsV2ImageToVideoPipeline,
     SkyReelsV2Pipeline,
     SkyReelsV2Transformer3DModel,
+    WanAnimatePipeline,
+    WanAnimateTransformer3DModel,
     WanImageToVideoPipeline,
     WanPipeline,
     WanVACEPipeline,
     WanVACETransformer3DModel,
     WanVideoToVideoPipeline,
 )
+from PIL import Image
 from transformers import (
     ByT5Tokenizer,
     CLIPImageProcessor,
@@ -61,11 +79,15 @@ from transformers import (
     Qwen2_5_VLTextConfig,
     Qwen2_5_VLTextModel,
     Qwen2Tokenizer,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     SiglipImageProcessor,
     SiglipVisionConfig,
     SiglipVisionModel,
     T5Config,
     T5EncoderModel,
+    T5Gemma2Encoder,
+    T5Gemma2EncoderConfig,
 )
 
 from tests.tiny import (
@@ -103,6 +125,12 @@ class Family:
     """Further arguments when guided."""
     constants: dict[str, int] = field(default_factory=dict)
     """Lengths that the pipeline class sets itself and no argument changes; smaller ones here, for speed."""
+    stand_ins: dict[str, Any] = field(default_factory=dict)
+    """By their import paths, what stands for parts of packages that are not installed here."""
+    tolerance: float = 0.0
+    """Largest difference of a replayed state from the recorded one."""
+    has_lora: bool = True
+    """Whether diffusers gives the denoiser adapters."""
     num_guided_calls: int = 2
     """Denoiser calls a step with that guidance; 1 where it is embedded."""
 
@@ -463,6 +491,221 @@ def kandinsky_image() -> Kandinsky5I2VPipeline:
     return quiet(Kandinsky5I2VPipeline(**kandinsky_parts(visual_cond=True)))
 
 
+def motif_parts() -> dict[str, Any]:
+    """What Motif-Video's two pipelines have in common."""
+    torch.manual_seed(0)
+    text = {
+        "vocab_size": len(LETTERS) + 5,
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "dropout_rate": 0.0,
+        "attention_dropout": 0.0,
+    }
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 16,
+    }
+    encoder = T5Gemma2EncoderConfig(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=len(LETTERS) + 4
+    )
+    transformer = MotifVideoTransformer3DModel(
+        in_channels=9,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=10,
+        num_layers=2,
+        num_single_layers=1,
+        text_embed_dim=TEXT_WIDTH,
+        image_embed_dim=16,
+        rope_axes_dim=(2, 4, 4),
+    )
+    return {
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=5.0),
+        "vae": wan_vae(),
+        "text_encoder": T5Gemma2Encoder(encoder).eval(),
+        "tokenizer": gemma_tokenizer(),
+        "transformer": transformer.eval(),
+        "guider": ClassifierFreeGuidance(guidance_scale=4.0),
+        "feature_extractor": SiglipImageProcessor(size={"height": 32, "width": 32}),
+    }
+
+
+def motif() -> MotifVideoPipeline:
+    """Motif-Video T2V: guidance is a component's."""
+    return quiet(MotifVideoPipeline(**motif_parts()))
+
+
+def motif_image() -> MotifVideoImage2VideoPipeline:
+    """Motif-Video I2V."""
+    return quiet(MotifVideoImage2VideoPipeline(**motif_parts()))
+
+
+def easyanimate() -> EasyAnimatePipeline:
+    """EasyAnimate T2V."""
+    torch.manual_seed(0)
+    vision = {"depth": 1, "embed_dim": 16, "num_heads": 2, "hidden_size": TEXT_WIDTH}
+    qwen = Qwen2VLConfig(text_config=qwen_text_config(), vision_config=vision)
+    transformer = EasyAnimateTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        patch_size=2,
+        num_layers=2,
+        mmdit_layers=2,
+        time_embed_dim=8,
+        text_embed_dim=TEXT_WIDTH,
+        add_noise_in_inpaint_model=False,
+    )
+    vae = AutoencoderKLMagvit(latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=2)
+    return quiet(
+        EasyAnimatePipeline(
+            vae=vae.eval(),
+            text_encoder=Qwen2VLForConditionalGeneration(qwen).eval(),
+            tokenizer=qwen_tokenizer(),
+            transformer=transformer.eval(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        )
+    )
+
+
+def wan_animate() -> WanAnimatePipeline:
+    """Wan 2.2 Animate: a pose and a face video, here in one segment."""
+    parts = wan_parts()
+    encoder, processor = clip_vision()
+    transformer = WanAnimateTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=12,
+        latent_channels=4,
+        out_channels=4,
+        text_dim=TEXT_WIDTH,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=2,
+        image_dim=16,
+        motion_encoder_channel_sizes={"4": 8, "8": 8, "16": 8},
+        motion_encoder_size=16,
+        motion_style_dim=8,
+        motion_dim=4,
+        motion_encoder_dim=16,
+        face_encoder_hidden_dim=16,
+        face_encoder_num_heads=2,
+        inject_face_latents_blocks=2,
+    )
+    return quiet(
+        WanAnimatePipeline(**parts, transformer=transformer.eval(), image_encoder=encoder, image_processor=processor)
+    )
+
+
+def framepack() -> HunyuanVideoFramepackPipeline:
+    """FramePack: frames before the ones denoised are arguments; here in one section."""
+    parts = hunyuan_parts()
+    vision = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16
+    )
+    transformer = HunyuanVideoFramepackTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=10,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        text_embed_dim=TEXT_WIDTH,
+        pooled_projection_dim=8,
+        rope_axes_dim=(2, 4, 4),
+        has_image_proj=True,
+        image_proj_dim=16,
+        has_clean_x_embedder=True,
+    )
+    return quiet(
+        HunyuanVideoFramepackPipeline(
+            **parts,
+            transformer=transformer.eval(),
+            image_encoder=SiglipVisionModel(vision).eval(),
+            feature_extractor=SiglipImageProcessor(size={"height": 32, "width": 32}),
+        )
+    )
+
+
+class Guardrail:
+    """Stands for the package that Cosmos checks prompts and videos with; it lets all pass."""
+
+    def to(self, device: Any) -> "Guardrail":
+        """The same: it has no weights."""
+        return self
+
+    def check_text_safety(self, prompt: str) -> bool:
+        """True: no prompt is refused."""
+        return True
+
+    def check_video_safety(self, video: Any) -> Any:
+        """The video itself."""
+        return video
+
+
+def stand_in_torchvision() -> SimpleNamespace:
+    """The two functions of torchvision that Cosmos calls."""
+
+    def resize(images: torch.Tensor, size: list[int], interpolation: Any) -> torch.Tensor:
+        return torch.nn.functional.interpolate(images, size)
+
+    def to_tensor(image: Image.Image) -> torch.Tensor:
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+
+    functional = SimpleNamespace(resize=resize, to_tensor=to_tensor)
+    return SimpleNamespace(functional=functional, InterpolationMode=SimpleNamespace(NEAREST="nearest"))
+
+
+def cosmos() -> Cosmos2_5_PredictBasePipeline:
+    """Cosmos-Predict 2.5: from text, an image or a video; the given frames are put in place of the state's."""
+    parts = wan_parts("unipc")
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": TEXT_WIDTH}
+    qwen = Qwen2_5_VLConfig(text_config=qwen_text_config(), vision_config=vision)
+    transformer = CosmosTransformer3DModel(
+        in_channels=5,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=2,
+        text_embed_dim=3 * TEXT_WIDTH,
+        adaln_lora_dim=4,
+        max_size=(4, 8, 8),
+        extra_pos_embed_type=None,
+    )
+    parts |= {"text_encoder": Qwen2_5_VLForConditionalGeneration(qwen).eval(), "tokenizer": qwen_tokenizer()}
+    pipeline = Cosmos2_5_PredictBasePipeline(**parts, transformer=transformer.eval(), safety_checker=Guardrail())
+    pipeline.register_modules(safety_checker=None)  # no part of what is saved
+    pipeline.safety_checker = Guardrail()
+    return quiet(pipeline)
+
+
+def helios() -> HeliosPipeline:
+    """Helios: the frames before the ones denoised are arguments; here in one chunk."""
+    parts = wan_parts() | {"scheduler": HeliosScheduler(scheduler_type="euler", stages=1)}
+    transformer = HeliosTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=TEXT_WIDTH,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=2,
+        rope_dim=(4, 4, 4),
+    )
+    return quiet(HeliosPipeline(**parts, transformer=transformer.eval()))
+
+
 SIZE = {"height": 32, "width": 32}
 HUNYUAN_IMAGE_TEMPLATE = {
     "template": "{}", "crop_start": 0, "image_emb_len": 4, "image_emb_start": 1, "image_emb_end": 5
@@ -472,6 +715,13 @@ HUNYUAN_15_LENGTHS = {"tokenizer_max_length": 16, "tokenizer_2_max_length": 16, 
 SANA_CALL = {
     **SIZE, "frames": 5, "max_sequence_length": 16, "complex_human_instruction": None, "use_resolution_binning": False
 }  # fmt: skip
+COSMOS_STAND_INS = {
+    "diffusers.pipelines.cosmos.pipeline_cosmos2_5_predict.CosmosSafetyChecker": Guardrail,
+    "diffusers.pipelines.cosmos.pipeline_cosmos2_5_predict.torchvision": SimpleNamespace(
+        transforms=stand_in_torchvision()
+    ),
+    "diffusers.models.transformers.transformer_cosmos.transforms": stand_in_torchvision(),
+}
 IMAGE, VIDEO = {"image": "image.png"}, {"video": "video.gif"}
 
 FAMILIES: dict[str, Family] = {
@@ -518,6 +768,34 @@ FAMILIES: dict[str, Family] = {
     "sana-i2v": Family(SanaImageToVideoPipeline, sana_image, SANA_CALL, IMAGE),
     "kandinsky5": Family(Kandinsky5T2VPipeline, kandinsky, TINY_CALL),
     "kandinsky5-i2v": Family(Kandinsky5I2VPipeline, kandinsky_image, TINY_CALL, IMAGE),
+    "motif": Family(MotifVideoPipeline, motif, TINY_CALL),
+    "motif-i2v": Family(MotifVideoImage2VideoPipeline, motif_image, TINY_CALL, IMAGE),
+    "easyanimate": Family(
+        EasyAnimatePipeline, easyanimate, {**SIZE, "num_frames": 5, "negative_prompt": "ugly"}, has_lora=False
+    ),
+    "wan-animate": Family(
+        WanAnimatePipeline,
+        wan_animate,
+        {**SIZE, "segment_frame_length": 5, "max_sequence_length": 16},
+        {**IMAGE, "pose_video": "video.gif", "face_video": "video.gif"},
+        tolerance=1e-5,  # faces are not contiguous as the pipeline gives them; convolutions then round otherwise
+    ),
+    "framepack": Family(
+        HunyuanVideoFramepackPipeline,
+        framepack,
+        {**TINY_HUNYUAN_CALL, "latent_window_size": 2},
+        IMAGE,
+        num_guided_calls=1,
+    ),
+    "cosmos": Family(Cosmos2_5_PredictBasePipeline, cosmos, TINY_CALL, stand_ins=COSMOS_STAND_INS),
+    "cosmos-i2v": Family(
+        Cosmos2_5_PredictBasePipeline,
+        cosmos,
+        {**TINY_CALL, "num_latent_conditional_frames": 1},
+        IMAGE,
+        stand_ins=COSMOS_STAND_INS,
+    ),
+    "helios": Family(HeliosPipeline, helios, {**TINY_CALL, "num_latent_frames_per_chunk": 2}),
     "ltx-i2v": Family(LTXImageToVideoPipeline, ltx_image, TINY_CALL, IMAGE),
     "ltx": Family(LTXPipeline, tiny_ltx_pipeline, TINY_CALL),
     "mochi": Family(MochiPipeline, tiny_mochi_pipeline, TINY_CALL),

@@ -41,6 +41,7 @@ from accvideo.teacher import (
     fingerprint,
     guidance_arguments,
     has_guider,
+    item_generator,
     load_pipeline,
     pipeline_defaults,
     provenance,
@@ -333,13 +334,13 @@ def make_manifest(
         UserError: the pipeline refuses its arguments, or cannot be a teacher.
     """
 
-    def first(num_steps: int) -> Approach:
-        return approach(pipeline, num_steps, **items_arguments(config, arguments, prompts, [0]))
+    def first(num_steps: int, **others: Any) -> Approach:
+        return approach(pipeline, num_steps, **items_arguments(config, arguments, prompts, [0]) | others)
 
     few, many = first(config.num_student_steps), first(config.num_steps)
     check_same_call(pipeline, few, many)
     try:
-        two = approach(pipeline, config.num_steps, **items_arguments(config, arguments, prompts, [0, len(prompts)]))
+        two = first(config.num_steps, prompt=[prompts[0].text] * 2, generator=item_generator(config.seed, 0))
         shared = shared_arguments(many.arguments, two.arguments)
     except Exception:  # pipelines that take one image or video a call say so in many ways
         shared = []
