@@ -29,6 +29,7 @@ from accvideo.distill import DistillConfig, start_training, train
 from accvideo.flow import euler_step, shifted_sigmas
 from accvideo.plan import (
     GPUS,
+    Gpu,
     PlanConfig,
     call_cost,
     count_parameters,
@@ -149,7 +150,7 @@ def seconds_of_decoding(preset: Preset, device: str) -> float:
     return clock(device, partial(vae.decode, latents, return_dict=False))
 
 
-def generate(preset: Preset, num_student_steps: int, device: str, gpu: str) -> dict[str, Any]:
+def generate(preset: Preset, num_student_steps: int, device: str, gpu: Gpu) -> dict[str, Any]:
     """Seconds of the parts of a video by the teacher and by a student, measured and planned."""
     num_calls = {"teacher": preset.num_steps * preset.calls_per_step, "student": num_student_steps}
     encoding = seconds_of_encoding(preset, device)
@@ -180,7 +181,7 @@ def generate(preset: Preset, num_student_steps: int, device: str, gpu: str) -> d
     return {"denoiser_calls": num_calls, "seconds": seconds, "speedup": speedup, "peak_bytes_measured": peaks}
 
 
-def distill(preset: Preset, device: str, gpu: str) -> dict[str, Any]:
+def distill(preset: Preset, device: str, gpu: Gpu) -> dict[str, Any]:
     """Peak memory and seconds of iterations of LoRA distillation on one clip, measured and planned."""
     num_steps, call = preset.num_student_steps, filled(preset.call(), device)
     states = torch.randn(1, num_steps + 1, *preset.state_shape, device=device)

@@ -40,7 +40,7 @@ def wan_cost(num_layers: int) -> Cost:
 
 
 def test_operations_of_wan_are_those_of_its_formula():
-    """Two for each weight and token it is multiplied with, and four for each pair of tokens and channel in attention."""
+    """Two for each weight and token it is multiplied with, four for each pair of tokens and channel in attention."""
     num_layers, tokens = 3, 60
     self_attention, cross_attention = 4 * tokens * WIDTH**2, 2 * (tokens + TEXT_TOKENS) * WIDTH**2
     block = self_attention + cross_attention + 2 * tokens * WIDTH * FFN

@@ -193,7 +193,8 @@ def count_video(preset: Preset) -> VideoCosts:
 
 def shallow_denoiser(preset: Preset, depths: tuple[int, ...]) -> nn.Module:
     """The denoiser with other numbers of blocks."""
-    return preset.denoiser.build(**dict(zip(preset.denoiser.depth, depths, strict=True)))
+    changes: dict[str, Any] = dict(zip(preset.denoiser.depth, depths, strict=True))
+    return preset.denoiser.build("meta", **changes)
 
 
 @torch.no_grad()
