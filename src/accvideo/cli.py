@@ -39,6 +39,8 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command; returns the exit code."""
+    if arguments in (["playground", "-h"], ["playground", "--help"]):
+        arguments = ["--help"]
     if not arguments or arguments[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS))
         lines = [f"  {name:{width}}  {purpose}" for name, (_, purpose) in COMMANDS.items()]
@@ -121,9 +123,9 @@ def show(summary: dict[str, Any]) -> None:
 
 def option_value(arguments: list[str], option: str, default: str) -> str:
     """The value of an option that is read before the others are parsed."""
-    for word, following in zip(arguments, [*arguments[1:], default], strict=True):
-        if word == option:
-            return following
+    for i, word in enumerate(arguments):
+        if word == option and i + 1 < len(arguments):
+            return arguments[i + 1]
         if word.startswith(option + "="):
             return word.removeprefix(option + "=")
     return default
