@@ -23,7 +23,7 @@ from accvideo.teacher import denoisers, item_generator, load_pipeline, watch
 from accvideo.trajectory import TrajectoryFolder, read_trajectory, trajectory_name, verify, write_trajectory
 from accvideo.types import UserError
 from tests.test_trajectory import make_manifest
-from tests.tiny import TINY_CALL, TINY_FAMILIES, tiny_wan_pipeline
+from tests.tiny import TINY_CALL, TINY_FAMILIES, tiny_image, tiny_wan_i2v_pipeline, tiny_wan_pipeline
 
 SIZES: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 5, "pipeline_arg": ("max_sequence_length=16",)}
 
@@ -355,3 +355,64 @@ def test_bfloat16_is_recorded_in_float32(config):
     trajectory = TrajectoryFolder(config.out)[0]
     assert trajectory.states.dtype == torch.float32 and trajectory.calls[0].dtype == torch.bfloat16
     assert trajectory.calls[0].tensors["encoder_hidden_states"].dtype == torch.bfloat16
+
+
+@pytest.fixture
+def image_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RecordConfig:
+    """Two prompts, the first with an image of its own, for an image-to-video teacher."""
+    pipeline = tiny_wan_i2v_pipeline()
+    monkeypatch.setattr(stage, "load_pipeline", lambda *_: pipeline)
+    (tmp_path / "teacher").mkdir()
+    for seed in (0, 1):
+        tiny_image(seed).save(tmp_path / f"{seed}.png")
+    (tmp_path / "prompts.csv").write_text("prompt,image\nred square,0.png\ngreen,\n")
+    return RecordConfig(
+        teacher=str(tmp_path / "teacher"),
+        prompts=tmp_path / "prompts.csv",
+        image=tmp_path / "1.png",
+        out=tmp_path / "data",
+        num_steps=2,
+        num_student_steps=1,
+        **SIZES,
+    )
+
+
+@torch.no_grad()
+def test_each_prompt_has_its_image(image_config, tmp_path):
+    """Its own, or the one for all; the trajectory is the pipeline's own with that image."""
+    record(image_config)
+    data, pipeline = TrajectoryFolder(image_config.out), stage.load_pipeline("")
+    assert [data[i].arguments for i in range(2)] == [{"image": "0.png"}, {"image": str(tmp_path / "1.png")}]
+    for index, prompt in enumerate(("red square", "green")):
+        final = pipeline(
+            prompt=prompt,
+            image=tiny_image(index),
+            generator=item_generator(0, index),
+            num_inference_steps=2,
+            output_type="latent",
+            **TINY_CALL,
+        ).frames
+        assert torch.equal(data[index].states[-1:], final)
+    assert record(image_config)["num_recorded"] == 0
+    image_config.prompts.write_text("prompt,image\nred square,1.png\ngreen,\n")
+    with pytest.raises(UserError, match='000000.*"0.png".*"1.png"'):
+        record(image_config)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "change", "message"),
+    [
+        ("prompt,image\nred,nowhere.png\n", {}, "cannot read the image .*nowhere.png"),
+        ("prompt,image\nred,0.png\ngreen,\n", {"image": None}, "refuses its arguments.*image"),
+        ("prompt,picture\nred,0.png\n", {}, "takes no picture"),
+        ("prompt,generator\nred,0\n", {}, "generator is set by the recorder"),
+        ("prompt,image\nred,0.png\n", {"batch_size": 2}, "Leave --batch-size out"),
+        ("prompt,image\nred,0.png\n", {"height": 33}, "refuses its arguments.*divisible by 16"),
+    ],
+)
+def test_mistakes_with_images_cost_no_denoiser_call(image_config, prompts, change, message):
+    image_config.prompts.write_text(prompts)
+    stage.load_pipeline("").transformer.register_forward_hook(lambda *_: pytest.fail("the denoiser was called"))
+    with pytest.raises(UserError, match=message) as error:
+        record(replace(image_config, **change))
+    assert len(str(error.value).splitlines()) <= 2 and not list(image_config.out.glob("*"))

@@ -46,22 +46,36 @@ def load_media(arguments: Mapping[str, Any], folder: Path = Path()) -> dict[str,
     """The arguments with images (one each) and videos (a list of frames each) in place of the files they name.
 
     Args:
-        arguments: JSON values of a pipeline's call. File names are told by their endings, in lists too; prompts are
-            left alone, and what is called an image always names one.
+        arguments: JSON values of a pipeline's call; lists of file names are read too, prompts are not.
         folder: what relative names are relative to.
 
     Raises:
         UserError: a file cannot be read.
     """
 
-    def load(name: str, value: Any) -> Any:
+    def load(value: Any) -> Any:
         if isinstance(value, list):
-            return [load(name, each) for each in value]
-        if not isinstance(value, str) or "prompt" in name:
+            return [load(each) for each in value]
+        if (kind := medium(value)) is None:
             return value
-        path = folder / value
-        if path.suffix.lower() in IMAGE_SUFFIXES or name.endswith("image"):
-            return read_image(path)
-        return read_video(path) if path.suffix.lower() in VIDEO_SUFFIXES else value
+        return read_image(folder / value) if kind == "image" else read_video(folder / value)
 
-    return {name: load(name, value) for name, value in arguments.items()}
+    return {name: value if "prompt" in name else load(value) for name, value in arguments.items()}
+
+
+def check_media(arguments: Mapping[str, Any], folder: Path = Path()) -> None:
+    """Checks that the files that `load_media` would read are there.
+
+    Raises:
+        UserError: one is not.
+    """
+    for name, value in arguments.items():
+        for each in value if isinstance(value, list) else [value]:
+            if "prompt" not in name and (kind := medium(each)) is not None and not (folder / each).is_file():
+                raise UserError(f"cannot read the {kind} {folder / each}: there is no such file")
+
+
+def medium(value: Any) -> str | None:
+    """Says "image" or "video" where a value is the name of such a file."""
+    suffix = Path(value).suffix.lower() if isinstance(value, str) else ""
+    return "image" if suffix in IMAGE_SUFFIXES else "video" if suffix in VIDEO_SUFFIXES else None

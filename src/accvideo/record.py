@@ -29,7 +29,7 @@ from accvideo.command import (
     with_image,
 )
 from accvideo.flow import keypoint_indices
-from accvideo.media import load_media
+from accvideo.media import check_media, load_media
 from accvideo.student import KeyPointScheduler, student_scheduler
 from accvideo.teacher import (
     Approach,
@@ -178,7 +178,7 @@ def record(config: RecordConfig) -> dict[str, Any]:
 
 
 def check_prompts(pipeline: DiffusionPipeline, prompts: Sequence[Prompt], config: RecordConfig) -> None:
-    """Checks what the prompts ask the pipeline's call for, and reads each image and video once.
+    """Checks what the prompts ask the pipeline's call for, and that their images and videos are there.
 
     Raises:
         UserError: the call does not take an argument or lacks an image, or a file is missing.
@@ -195,7 +195,7 @@ def check_prompts(pipeline: DiffusionPipeline, prompts: Sequence[Prompt], config
                 f"prompt {number} has a {next(iter(prompt.arguments))} of its own, and {name} takes one a call\n"
                 "Leave --batch-size out"
             )
-        load_media(prompt.arguments, prompt.folder)
+        check_media(prompt.arguments, prompt.folder)
 
 
 def items_arguments(
@@ -334,9 +334,12 @@ def make_manifest(
         UserError: the pipeline refuses its arguments, or cannot be a teacher.
     """
 
-    def first(num_steps: int, **others: Any) -> Approach:
-        return approach(pipeline, num_steps, **items_arguments(config, arguments, prompts, [0]) | others)
+    def first(num_steps: int, item: int = 0, **others: Any) -> Approach:
+        return approach(pipeline, num_steps, **items_arguments(config, arguments, prompts, [item]) | others)
 
+    kinds = {tuple(prompt.arguments): item for item, prompt in reversed(list(enumerate(prompts)))}
+    for item in sorted(kinds.values())[1:]:  # such as the first prompt without an image
+        first(config.num_steps, item)
     few, many = first(config.num_student_steps), first(config.num_steps)
     check_same_call(pipeline, few, many)
     try:
