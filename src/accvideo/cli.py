@@ -104,13 +104,15 @@ def parse_with_preset(command: str, config_class: Any, preset: str, start: Any, 
 
     from accvideo.presets import names
 
-    known: Any = Literal[tuple(names(command))]
-    own_config = Annotated[config_class, tyro.conf.arg(name="")]
-    own_preset = Annotated[known, tyro.conf.arg(help="Settings to start from; the other options change them.")]
-
-    def options(config: own_config = start, preset: own_preset = preset) -> Any:
+    def options(config: Any = start, preset: str = preset) -> Any:
         return config
 
+    known: Any = Literal[tuple(names(command))]
+    help_text = "Settings to start from; the other options change them."
+    options.__annotations__ = {
+        "config": Annotated[config_class, tyro.conf.arg(name="")],
+        "preset": Annotated[known, tyro.conf.arg(help=help_text)],
+    }
     return tyro.cli(options, prog=f"accvideo {command}", description=config_class.__doc__, args=arguments)
 
 

@@ -125,7 +125,7 @@ def add_lora(denoiser: Any, rank: int) -> None:
     Raises:
         UserError: diffusers knows no adapters for this class of denoisers.
     """
-    if not isinstance(denoiser, PeftAdapterMixin):
+    if not issubclass(type(denoiser), PeftAdapterMixin):  # `isinstance` would take the type checker's Any away
         raise UserError(f"diffusers gives {type(denoiser).__name__} no adapters: train all its weights, with --full")
     names = {
         name for block in denoiser_blocks(denoiser) for name, module in block.named_modules()
@@ -135,9 +135,9 @@ def add_lora(denoiser: Any, rank: int) -> None:
     for parameter in denoiser.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    for module in denoiser.modules():
-        if isinstance(module, LoraLayer):
-            module.forward = partial(adapted, module)
+    layers: list[Any] = [module for module in denoiser.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.forward = partial(adapted, layer)
 
 
 def adapted(layer: Any, hidden: Tensor) -> Tensor:
