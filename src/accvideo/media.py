@@ -53,14 +53,14 @@ def load_media(arguments: Mapping[str, Any], folder: Path = Path()) -> dict[str,
         UserError: a file cannot be read.
     """
 
-    def load(value: Any) -> Any:
+    def load(name: str, value: Any) -> Any:
         if isinstance(value, list):
-            return [load(each) for each in value]
-        if (kind := medium(value)) is None:
+            return [load(name, each) for each in value]
+        if (kind := medium(name, value)) is None:
             return value
         return read_image(folder / value) if kind == "image" else read_video(folder / value)
 
-    return {name: value if "prompt" in name else load(value) for name, value in arguments.items()}
+    return {name: load(name, value) for name, value in arguments.items()}
 
 
 def check_media(arguments: Mapping[str, Any], folder: Path = Path()) -> None:
@@ -71,11 +71,18 @@ def check_media(arguments: Mapping[str, Any], folder: Path = Path()) -> None:
     """
     for name, value in arguments.items():
         for each in value if isinstance(value, list) else [value]:
-            if "prompt" not in name and (kind := medium(each)) is not None and not (folder / each).is_file():
+            if (kind := medium(name, each)) is not None and not (folder / each).is_file():
                 raise UserError(f"cannot read the {kind} {folder / each}: there is no such file")
 
 
-def medium(value: Any) -> str | None:
-    """Says "image" or "video" where a value is the name of such a file."""
-    suffix = Path(value).suffix.lower() if isinstance(value, str) else ""
-    return "image" if suffix in IMAGE_SUFFIXES else "video" if suffix in VIDEO_SUFFIXES else None
+def medium(name: str, value: Any) -> str | None:
+    """Says "image" or "video" where an argument's value is the name of such a file.
+
+    Its ending tells, but what is called an image always is one; prompts are text.
+    """
+    if not isinstance(value, str) or "prompt" in name:
+        return None
+    suffix = Path(value).suffix.lower()
+    if suffix in IMAGE_SUFFIXES or name.endswith("image"):
+        return "image"
+    return "video" if suffix in VIDEO_SUFFIXES else None
