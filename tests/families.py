@@ -142,7 +142,7 @@ def write_media(folder: Path) -> None:
     first.save(folder / "video.gif", save_all=True, append_images=others, duration=60)
 
 
-def clip_vision() -> tuple[CLIPVisionModelWithProjection, CLIPImageProcessor]:
+def clip_vision() -> tuple[Any, Any]:
     """An image encoder of width 16, with the processor of its images."""
     config = CLIPVisionConfig(
         hidden_size=16, projection_dim=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16
@@ -254,7 +254,7 @@ def chronoedit() -> ChronoEditPipeline:
 
 def anyflow() -> AnyFlowPipeline:
     """AnyFlow, asked for velocities at a point (not for means over steps)."""
-    parts = wan_parts() | {"scheduler": FlowMapEulerDiscreteScheduler()}
+    parts: dict[str, Any] = wan_parts() | {"scheduler": FlowMapEulerDiscreteScheduler()}
     transformer = AnyFlowTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=12,
@@ -306,12 +306,9 @@ def hunyuan_image(condition: str) -> HunyuanVideoImageToVideoPipeline:
         hidden_size=16, projection_dim=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16
     )
     llava = LlavaConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_index=len(LETTERS) + 4,
-        vision_feature_layer=-1,
-        pad_token_id=2,
+        text_config=text, vision_config=vision, image_token_index=len(LETTERS) + 4, vision_feature_layer=-1
     )
+    llava.pad_token_id = 2  # read by the pipeline
     transformer = hunyuan_transformer(
         in_channels=4 if condition == "token_replace" else 9,
         guidance_embeds=condition == "token_replace",
@@ -419,8 +416,9 @@ def hunyuan_15_parts(**settings: Any) -> dict[str, Any]:
         target_size=64,
         **settings,
     )
+    widths: Any = (8, 8, 8, 8, 8)
     vae = AutoencoderKLHunyuanVideo15(
-        latent_channels=4, block_out_channels=(8, 8, 8, 8, 8), layers_per_block=1, spatial_compression_ratio=16
+        latent_channels=4, block_out_channels=widths, layers_per_block=1, spatial_compression_ratio=16
     )
     byt5 = T5Config(
         vocab_size=384, d_model=TEXT_WIDTH, d_kv=8, d_ff=16, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu"
@@ -691,7 +689,7 @@ def cosmos() -> Cosmos2_5_PredictBasePipeline:
 
 def helios() -> HeliosPipeline:
     """Helios: the frames before the ones denoised are arguments; here in one chunk."""
-    parts = wan_parts() | {"scheduler": HeliosScheduler(scheduler_type="euler", stages=1)}
+    parts: dict[str, Any] = wan_parts() | {"scheduler": HeliosScheduler(scheduler_type="euler", stages=1)}
     transformer = HeliosTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=12,

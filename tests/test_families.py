@@ -193,9 +193,8 @@ def cogvideox() -> CogVideoXPipeline:
     transformer = CogVideoXTransformer3DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=1, text_embed_dim=16
     )
-    vae = AutoencoderKLCogVideoX(
-        latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=2
-    )
+    widths: Any = (8, 8, 8, 8)
+    vae = AutoencoderKLCogVideoX(latent_channels=4, block_out_channels=widths, layers_per_block=1, norm_num_groups=2)
     return CogVideoXPipeline(t5_tokenizer(), t5_encoder(), vae, transformer, CogVideoXDDIMScheduler())
 
 
@@ -204,7 +203,8 @@ def skyreels_forcing() -> SkyReelsV2DiffusionForcingPipeline:
 
 
 def ltx_condition() -> LTXConditionPipeline:
-    return LTXConditionPipeline(**ltx_image().components | {"scheduler": FlowMatchEulerDiscreteScheduler()})
+    parts: dict[str, Any] = ltx_image().components | {"scheduler": FlowMatchEulerDiscreteScheduler()}
+    return LTXConditionPipeline(**parts)
 
 
 def wan_with(scheduler: Any) -> WanPipeline:

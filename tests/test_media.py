@@ -17,7 +17,8 @@ def test_files_are_loaded_by_their_suffix(tmp_path):
     write_media(tmp_path)
     others = {"prompt": "a drawing of image.png", "negative_prompt": "image.png", "strength": 0.5, "mode": "animate"}
     loaded = load_media({"image": "image.png", "refs": ["image.png"], "video": "video.gif", **others}, tmp_path)
-    assert np.array_equal(loaded["image"], tiny_image()) and np.array_equal(loaded["refs"][0], tiny_image())
+    assert np.array_equal(loaded["image"], np.asarray(tiny_image()))
+    assert np.array_equal(loaded["refs"][0], np.asarray(tiny_image()))
     assert len(loaded["video"]) == 5 and loaded["video"][0].size == (32, 32)
     assert {name: loaded[name] for name in others} == others
 

@@ -381,7 +381,8 @@ def image_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RecordConfi
 def test_each_prompt_has_its_image(image_config, tmp_path):
     """Its own, or the one for all; the trajectory is the pipeline's own with that image."""
     record(image_config)
-    data, pipeline = TrajectoryFolder(image_config.out), stage.load_pipeline("")
+    data = TrajectoryFolder(image_config.out)
+    pipeline: Any = stage.load_pipeline("")
     assert [data[i].arguments for i in range(2)] == [{"image": "0.png"}, {"image": str(tmp_path / "1.png")}]
     for index, prompt in enumerate(("red square", "green")):
         final = pipeline(

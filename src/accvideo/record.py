@@ -69,7 +69,7 @@ OWN_ARGUMENTS = ("prompt", "generator", "num_inference_steps", "output_type", "r
 class RecordConfig:
     """Records the teacher's denoising trajectories on the prompts of a file.
 
-    `--preset NAME`, such as wan21-t2v-14b, starts from a released teacher and its settings; a wrong name lists them all.
+    `--preset NAME`, such as wan21-t2v-14b, starts from a released teacher and its settings; a wrong name lists all.
     """
 
     teacher: tyro.conf.Positional[str]

@@ -226,8 +226,8 @@ def watch(
         if state is not None:
             call, part = capture_call(arguments, sample, shared)
             following = next_sample.detach().float().clone()
-            tensors = (each[part] for each in (state, following, velocity.detach().float().clone()))
-            step = WatchedStep(*tensors, sigma, next_sigma, name, call)
+            own = velocity.detach().float().clone()[part]
+            step = WatchedStep(state[part], following[part], own, sigma, next_sigma, name, call)
             if seen.num_steps == 0:
                 check_rule(pipeline, step, next_sample.dtype)
             if kept:
