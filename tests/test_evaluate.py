@@ -152,6 +152,8 @@ def test_mistakes_are_told_first(run: tuple[EvaluateConfig, dict[str, Any]], tmp
         )
     with pytest.raises(UserError, match="num_prompts is 0"):
         EvaluateConfig(student="student", out=tmp_path, num_prompts=0)
+    with pytest.raises(UserError, match="as ./student"):
+        EvaluateConfig(student="playground-student", out=tmp_path, also=("student",))
 
 
 def test_command_line_makes_the_same_configuration():

@@ -67,6 +67,11 @@ class EvaluateConfig:
         for name in ("num_prompts", "num_steps", "batch_size"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"{name} is {value}: it must be at least 1")
+        if "student" in self.also or len(set(self.also)) < len(self.also):
+            raise UserError(
+                f"--also {' '.join(self.also)}: every row needs a name of its own, and `student` is taken\n"
+                "Write the folder `student` as ./student, and each further student once"
+            )
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
