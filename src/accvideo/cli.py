@@ -1,6 +1,7 @@
 """The command line: one subcommand a stage, each a configuration that tyro turns into options."""
 
 import json
+import logging
 import os
 import sys
 import warnings
@@ -84,9 +85,9 @@ def execute(command: str, arguments: list[str]) -> dict[str, Any]:
     import tyro
 
     wanted = "--help" in arguments or "-h" in arguments
-    module, name = import_module(COMMANDS[command][0]), command.split()[-1]
     if not wanted:
         quiet_libraries()
+    module, name = import_module(COMMANDS[command][0]), command.split()[-1]
     config_class: Any = getattr(module, f"{name.capitalize()}Config")
     if command not in ("record", "distill"):
         return getattr(module, name)(tyro.cli(config_class, prog=f"accvideo {command}", args=arguments))
@@ -136,6 +137,9 @@ def option_value(arguments: list[str], option: str, default: str) -> str:
 def quiet_libraries() -> None:
     """Silence what diffusers and transformers print while they load models; accvideo shows its own progress."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # What diffusers and torch say while they import torchao, whether it is asked for or not.
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     # torch says so of every mixed-precision norm; it only means that it is not the fused one.
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     import diffusers
