@@ -88,7 +88,8 @@ class DistillConfig:
     """Iteration from which the adversarial half takes part; it starts with the next sweep of the key points."""
     update: Literal["alternating", "joint", "shared"] = "joint"
     """One student update for each of the two losses, as in Algorithm 1; or one for their sum; or one for the sum of
-    both losses of one and the same step, whose rollout starts from the record's own noise: 30 % less work, and less learned."""
+    both losses of one and the same step, whose rollout starts from the record's own noise. That is 30 % less work, and
+    the student learns less from an iteration."""
     shared_head: bool = False
     """One discriminator head for all key points (ablation c of the paper) instead of one each."""
     head_kernel: Literal[1, 3] = 1
