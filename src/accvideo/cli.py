@@ -85,6 +85,10 @@ def execute(command: str, arguments: list[str]) -> dict[str, Any]:
     import tyro
 
     wanted = "--help" in arguments or "-h" in arguments
+    # What is said while torchao, where it is installed, is imported, whether it is asked for or not.
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    for library in ("torch.utils._pytree", "torchao"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     if not wanted:
         quiet_libraries()
     module, name = import_module(COMMANDS[command][0]), command.split()[-1]
@@ -137,9 +141,6 @@ def option_value(arguments: list[str], option: str, default: str) -> str:
 def quiet_libraries() -> None:
     """Silence what diffusers and transformers print while they load models; accvideo shows its own progress."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # What diffusers and torch say while they import torchao, whether it is asked for or not.
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     # torch says so of every mixed-precision norm; it only means that it is not the fused one.
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     import diffusers
