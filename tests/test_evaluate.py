@@ -12,7 +12,7 @@ from PIL import Image
 from accvideo.acceleration import Acceleration
 from accvideo.command import Prompt, read_prompt_file
 from accvideo.distill import DistillConfig, distill
-from accvideo.evaluate import EvaluateConfig, choose_clips, command_line, evaluate, is_better
+from accvideo.evaluate import EvaluateConfig, choose_clips, command_line, evaluate, is_better, load_teacher
 from accvideo.generate import ClipBatch, Seconds, sample_clips
 from accvideo.metrics import latent_mse
 from accvideo.model import Model, load_model, with_arguments
@@ -32,8 +32,9 @@ from accvideo.rows import (
     sample_batch,
     write_batch,
 )
+from accvideo.student import read_student_config
 from accvideo.types import UserError
-from tests.recorded import record_tiny
+from tests.recorded import PROMPTS, record_tiny
 from tests.tiny import TINY_CALL, tiny_wan_i2v_pipeline, tiny_wan_pipeline
 
 ROWS = ["teacher", "teacher_few", "teacher_equal_calls", "teacher_equal_calls_other", "student"]
@@ -117,6 +118,26 @@ def test_rows_share_their_noise(run: tuple[EvaluateConfig, dict[str, Any]]):
     theirs = torch.cat([b.latents for b in sample_clips(teacher, prompts, items, 0, 10, 3.0, batch_size=2)])
     ours = torch.cat([b.latents for b in sample_clips(student, prompts, items, batch_size=2)])
     assert latent_mse(ours, theirs).mean().item() == pytest.approx(rows["student"]["latent_mse"]["mean"], rel=1e-6)
+
+
+def test_the_teacher_is_run_at_the_recorded_noise_levels(tmp_path: Path):
+    """`record --shift` leaves the teacher's folder at another shift; all rows of the teacher go by the student's."""
+    data = record_tiny(tmp_path, shift=11.0)
+    distill(
+        DistillConfig(data=tmp_path / "data", out=tmp_path / "student", num_iterations=1, num_validation=0, lora_rank=1)
+    )
+    student = read_student_config(tmp_path / "student")
+    config = EvaluateConfig(student=str(tmp_path / "student"), out=tmp_path / "report", batch_size=6)
+    teacher = load_teacher(config, student.teacher, student, "cpu")
+    [recorded] = sample_clips(teacher, PROMPTS, range(6), batch_size=6)
+    assert recorded.sigmas == pytest.approx(data.manifest.sigmas, abs=1e-6)
+    expected = torch.stack([data[i].states[-1] for i in range(6)])
+    assert torch.allclose(recorded.latents, expected, atol=1e-4)
+
+    older = load_teacher(config, student.teacher, replace(student, teacher_scheduler=None), "cpu")
+    [other] = sample_clips(older, PROMPTS, range(6), batch_size=6)
+    assert not torch.allclose(other.latents, expected, atol=1e-2)
+    assert older.identity != teacher.identity, "their clips must not share a cache"
 
 
 def test_killed_evaluation_goes_on(run: tuple[EvaluateConfig, dict[str, Any]]):

@@ -11,6 +11,7 @@ from PIL import Image
 from accvideo.distill import DistillConfig, distill
 from accvideo.generate import GenerateConfig, generate, sample_clips
 from accvideo.model import Model, load_model, with_arguments
+from accvideo.record import set_shift
 from accvideo.teacher import item_generator
 from accvideo.types import UserError
 from accvideo.video import write_video
@@ -137,6 +138,18 @@ def test_nothing_is_overwritten(folders: Path, tmp_path: Path):
     assert (tmp_path / "clip.mp4").read_text() == "mine"
 
 
+def test_a_teacher_takes_the_shift_that_it_is_recorded_with(folders: Path, tmp_path: Path):
+    sigmas = {}
+    for shift in (None, 11.0):
+        result = generate(config(folders, tmp_path / f"{shift}.mp4", shift=shift))
+        sigmas[shift] = result["sigmas"]
+    again = load_model(str(folders / "teacher"))
+    set_shift(again.pipeline, 11.0)
+    again.pipeline.scheduler.set_timesteps(3)
+    assert sigmas[11.0] == pytest.approx(again.pipeline.scheduler.sigmas.tolist())
+    assert sigmas[11.0] != pytest.approx(sigmas[None], abs=1e-2)
+
+
 def test_student_runs_its_own_steps(folders: Path, tmp_path: Path):
     """A student takes K calls without being told, at the sizes it was recorded at."""
     result = generate(GenerateConfig(model=str(folders / "student"), prompt=PROMPTS[0], out=tmp_path / "clip.mp4"))
@@ -150,6 +163,7 @@ def test_student_runs_its_own_steps(folders: Path, tmp_path: Path):
     [
         ({"num_steps": 4}, "student of 5 steps and cannot take 4"),
         ({"guidance_scale": 3.0}, "guidance 3.0 is distilled"),
+        ({"shift": 3.0}, "noise levels came with its weights"),
     ],
 )
 def test_student_refuses_other_steps_and_guidance(folders: Path, tmp_path: Path, change: dict[str, Any], message: str):

@@ -318,6 +318,16 @@ def test_a_student_of_another_teacher_is_refused(folder: TrajectoryFolder, tmp_p
         load_student(tmp_path / "student")
 
 
+def test_a_student_made_before_its_teachers_scheduler_was_kept_is_read(folder: TrajectoryFolder, tmp_path: Path):
+    config = save(tmp_path / "student", make_student(folder, 4), folder, 4)
+    assert config.teacher_scheduler == folder.manifest.scheduler
+    path = tmp_path / "student/student.json"
+    found = json.loads(path.read_text())
+    del found["teacher_scheduler"]
+    path.write_text(json.dumps(found))
+    assert load_student(tmp_path / "student")[1] == replace(config, teacher_scheduler=None)
+
+
 def test_a_folder_without_a_finished_student_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="holds no finished student"):
         load_student(tmp_path)

@@ -20,7 +20,7 @@ from rich.progress import Progress
 from accvideo.acceleration import Acceleration
 from accvideo.command import Prompt, choose_device, progress_bar, read_prompt_file
 from accvideo.generate import batches, with_prompts
-from accvideo.model import PLAIN, Dtype, Model, load_model, student_folder
+from accvideo.model import PLAIN, Dtype, Model, load_model, student_folder, with_scheduler
 from accvideo.playground.world import sample_prompts
 from accvideo.report import ShownClip, write_report
 from accvideo.rows import NUM_SHOWN, PROPERTIES, Plan, RowData, Task, make_row, row_key, run_row
@@ -160,10 +160,13 @@ def open_folder(folder: Path) -> Path:
 
 
 def load_teacher(config: EvaluateConfig, name: str, student: StudentConfig, device: str) -> Model:
-    """The teacher, run as it was recorded for the student."""
-    model = load_model(name, getattr(torch, config.dtype), device, config.acceleration)
+    """The teacher, run as it was recorded for the student: at the same noise levels, guidance and sizes."""
+    revision = student.revision if config.teacher is None else None
+    model = load_model(name, getattr(torch, config.dtype), device, config.acceleration, revision)
     if model.student is not None:
         raise UserError(f"{name} is a student, not a teacher; give it with --also")
+    if student.teacher_scheduler is not None:
+        model = with_scheduler(model, student.teacher_scheduler)
     sizes = {name: getattr(student, name) for name in ("height", "width", "num_frames")}
     recorded = {**student.pipeline_args, **{name: size for name, size in sizes.items() if size is not None}}
     return replace(

@@ -299,7 +299,7 @@ def plan_pipeline(output: Output, source: Source, config: ExportConfig) -> None:
     """A pipeline's folder: the student's denoisers and scheduler, all else as the teacher has it."""
     assert source.teacher is not None
     index = read_json(source.teacher / "model_index.json")
-    scheduler: Any = make_scheduler(source.config)
+    scheduler: Any = make_scheduler(source.config.scheduler)
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     output.texts["model_index.json"] = json.dumps(index, indent=2) + "\n"
     output.texts["scheduler/scheduler_config.json"] = scheduler.to_json_string()

@@ -30,6 +30,7 @@ from accvideo.command import (
 from accvideo.media import load_media
 from accvideo.metrics import Clips
 from accvideo.model import PLAIN, Dtype, Model, check_student, digest, load_model, with_arguments
+from accvideo.record import set_shift
 from accvideo.teacher import batch_arguments, denoisers, guidance_arguments, watch
 from accvideo.trajectory import write_whole
 from accvideo.types import Latents, UserError
@@ -64,6 +65,8 @@ class GenerateConfig:
     """Denoising steps of a teacher, 50 by default; a student has its own."""
     guidance_scale: float | None = None
     """Of a teacher; the pipeline's own by default. A student has it distilled in."""
+    shift: float | None = None
+    """Of a teacher's noise levels, as for `record`; its folder's own by default. A student has its own levels."""
     height: int | None = None
     """In pixels; the model's own by default."""
     width: int | None = None
@@ -253,6 +256,10 @@ def prepare_model(config: GenerateConfig) -> Model:
     """
     model = load_model(config.model, getattr(torch, config.dtype), choose_device(config.device), config.acceleration)
     check_student(model, config.num_steps, config.guidance_scale)
+    if config.shift is not None:
+        if model.student is not None:
+            raise UserError(f"{model.name} is a student: its noise levels came with its weights\nLeave --shift out")
+        set_shift(model.pipeline, config.shift)
     if config.context_parallel != "none":
         share_tokens(model.pipeline, config.context_parallel)
     sizes = {name: getattr(config, name) for name in ("height", "width", "num_frames")}
@@ -305,6 +312,7 @@ def generation_settings(
         "seed": config.seed,
         "num_steps": config.num_steps or model.num_steps,
         "guidance_scale": model.guidance_scale if config.guidance_scale is None else config.guidance_scale,
+        "shift": config.shift,
         "arguments": model.arguments,
         "fps": config.fps or model.fps,
         "batch_size": config.batch_size,

@@ -1,6 +1,8 @@
 """Teachers and students, found by name and ready to run."""
 
 import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +19,7 @@ from accvideo.acceleration import (
     stored_fingerprint,
 )
 from accvideo.command import DEFAULT_FPS, call_parameters
-from accvideo.student import StudentConfig, load_student
+from accvideo.student import StudentConfig, load_student, make_scheduler
 from accvideo.teacher import denoisers, fingerprint, load_pipeline, pipeline_defaults, teacher_path
 from accvideo.types import UserError
 
@@ -72,19 +74,30 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     acceleration: Acceleration = PLAIN,
+    revision: str | None = None,
 ) -> Model:
     """The model called `name`: see `GenerateConfig.model`.
+
+    Args:
+        name: what it is called.
+        dtype: of its pipeline.
+        device: where it runs.
+        acceleration: switches of speed and memory.
+        revision: of a teacher on the hub; None: its newest. A student knows its teacher's.
 
     Raises:
         UserError: There is no such model, or it or this machine does not offer one of the switches.
     """
     check_acceleration(acceleration, device)
-    model = find_model(name, dtype, device if acceleration.offload == "none" else "cpu", acceleration.quantization)
+    place = device if acceleration.offload == "none" else "cpu"
+    model = find_model(name, dtype, place, acceleration.quantization, revision)
     accelerate_pipeline(model.pipeline, acceleration, device)
     return model
 
 
-def find_model(name: str, dtype: torch.dtype, device: str, quantization: Quantization | None) -> Model:
+def find_model(
+    name: str, dtype: torch.dtype, device: str, quantization: Quantization | None, revision: str | None
+) -> Model:
     """The model called `name`, as it was saved but for quantization.
 
     Raises:
@@ -110,7 +123,7 @@ def find_model(name: str, dtype: torch.dtype, device: str, quantization: Quantiz
             "Give playground, playground-student, a folder of a student or a teacher, or a hub id"
         )
     quantized = None if quantization is None else pipeline_quantization(quantization, dtype)
-    pipeline, defaults = load_pipeline(name, dtype, device, quantized), pipeline_defaults(name)
+    pipeline, defaults = load_pipeline(name, dtype, device, quantized, revision), pipeline_defaults(name)
     identify = fingerprint if quantization is None else stored_fingerprint
     sizes = {name: defaults[name] for name in ("height", "width", "num_frames") if name in defaults}
     return Model(
@@ -139,6 +152,12 @@ def student_identity(folder: Path) -> str:
             file.seek(max(0, path.stat().st_size - (1 << 20)))
             ends += [head, file.read()]
     return digest((folder / "student.json").read_bytes(), *ends)
+
+
+def with_scheduler(model: Model, description: Mapping[str, Any]) -> Model:
+    """The teacher at the noise levels of another scheduler, of this "class" and "config"; its pipeline is changed."""
+    model.pipeline.register_modules(scheduler=make_scheduler(description))
+    return replace(model, identity=digest(model.identity.encode(), json.dumps(description, sort_keys=True).encode()))
 
 
 def with_arguments(model: Model, arguments: dict[str, Any]) -> Model:

@@ -360,6 +360,9 @@ class StudentConfig:
     """"class" and "config"."""
     recipe: dict[str, Any]
     """The distillation's own configuration."""
+    teacher_scheduler: dict[str, Any] | None = None
+    """That the teacher was recorded with, "class" and "config"; its folder may hold another shift. None: not kept by
+    the version that made this student."""
 
 
 def student_config(
@@ -397,6 +400,7 @@ def student_config(
         lora_rank=lora_rank,
         scheduler={"class": type(scheduler).__name__, "config": plain},
         recipe=recipe,
+        teacher_scheduler=manifest.scheduler,
     )
 
 
@@ -432,7 +436,7 @@ def save_student(folder: Path, student: Student, config: StudentConfig, metrics:
                 denoiser.save_pretrained(folder / name)
             else:
                 save_lora(folder / LORA_FILES[name], denoiser)
-        make_scheduler(config).save_pretrained(folder / "scheduler")
+        make_scheduler(config.scheduler).save_pretrained(folder / "scheduler")
         what = "Full weights" if config.lora_rank is None else f"LoRA of rank {config.lora_rank}"
         card = model_card(config, what, USAGE, metrics, lora=config.lora_rank is not None)
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -487,7 +491,7 @@ def load_student(
                 denoiser.fuse_lora()
                 denoiser.unload_lora()
         pipeline.register_modules(**{name: denoiser})
-    pipeline.register_modules(scheduler=make_scheduler(config))
+    pipeline.register_modules(scheduler=make_scheduler(config.scheduler))
     return pipeline.to(device), config
 
 
@@ -507,8 +511,8 @@ def read_student_config(folder: Path) -> StudentConfig:
         raise UserError(f"{folder / 'student.json'} is damaged: {error}") from error
 
 
-def make_scheduler(config: StudentConfig) -> SchedulerMixin:
-    """The student's scheduler."""
-    name = config.scheduler["class"]
+def make_scheduler(description: Mapping[str, Any]) -> SchedulerMixin:
+    """The scheduler of a "class" (of diffusers, or `KeyPointScheduler`) and "config"."""
+    name = description["class"]
     scheduler_class: Any = KeyPointScheduler if name == KeyPointScheduler.__name__ else getattr(diffusers, name)
-    return scheduler_class.from_config(config.scheduler["config"])
+    return scheduler_class.from_config(description["config"])
