@@ -117,6 +117,8 @@ class Trajectory:
     """K component names of the denoisers that were called."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """What else the pipeline was called with for this prompt: JSON, images and videos by their paths."""
+    media: dict[str, Any] = field(default_factory=dict)
+    """Argument -> SHA-256 of the image or video that it named, or a list of them; arguments of all prompts included."""
 
 
 @dataclass(frozen=True)
@@ -137,15 +139,23 @@ def trajectory_name(index: int) -> str:
     return f"{index:06d}.safetensors"
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file under a hidden name, then renames it; leaves nothing behind when interrupted.
+def write_whole(path: Path, data: bytes, writer: str = "") -> None:
+    """Writes a file under a hidden name to the disk, then renames it; leaves nothing behind when interrupted.
+
+    Args:
+        path: of the file.
+        data: all of it.
+        writer: tells apart those who may write this file at the same time.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written.
     """
-    partial = path.with_name(f".{path.name}.tmp")
+    partial = path.with_name(f".{path.name}{writer}.tmp")
     try:
-        partial.write_bytes(data)
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # else a machine that dies may leave the new name with nothing in it
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)
@@ -157,8 +167,8 @@ def write_whole(path: Path, data: bytes) -> None:
         raise
 
 
-def write_trajectory(folder: Path, trajectory: Trajectory) -> Path:
-    """Writes a trajectory's file; equal trajectories give equal bytes.
+def write_trajectory(folder: Path, trajectory: Trajectory, writer: str = "") -> Path:
+    """Writes a trajectory's file; equal trajectories give equal bytes, whoever the `writer` (see `write_whole`).
 
     An argument that is equal at all key points is stored once (`call.<name>`, `shared.<name>`), one that varies K
     times (`step.<name>`, `shared_step.<name>`); the condition goes by the name `hidden_states`.
@@ -181,6 +191,7 @@ def write_trajectory(folder: Path, trajectory: Trajectory) -> Path:
         "seed": trajectory.seed,
         "prompt": trajectory.prompt,
         "arguments": trajectory.arguments,
+        "media": trajectory.media,
         "denoisers": trajectory.denoisers,
         "constants": [call.constants for call in trajectory.calls],
         "starts": trajectory.calls[0].starts,
@@ -190,7 +201,7 @@ def write_trajectory(folder: Path, trajectory: Trajectory) -> Path:
     # One metadata key: safetensors writes several in no particular order.
     data = safetensors.torch.save(tensors, {"accvideo": json.dumps(header)})
     path = folder / trajectory_name(trajectory.index)
-    write_whole(path, data.replace(b"0" * 64, hashlib.sha256(data).hexdigest().encode(), 1))
+    write_whole(path, data.replace(b"0" * 64, hashlib.sha256(data).hexdigest().encode(), 1), writer)
     return path
 
 
@@ -235,6 +246,7 @@ def read_trajectory(path: Path) -> Trajectory:
         calls=tuple(calls),
         denoisers=tuple(header["denoisers"]),
         arguments=header.get("arguments", {}),
+        media=header.get("media", {}),
     )
 
 
