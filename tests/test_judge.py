@@ -233,6 +233,11 @@ def test_blur_lowers_psnr_and_nothing_else(frames: Tensor, captions: list[str], 
     assert means[0] > means[1] + 5 > means[2] + 5
 
 
+def test_shapes_are_told_apart_under_heavy_blur(frames: Tensor, captions: list[str]):
+    """At two pixels the points of a star and the arms of a cross are blobs, but still five and four."""
+    assert judge(blur(frames, 2.0), captions).shape.float().mean() >= 0.9
+
+
 def test_noise_of_some_levels_is_borne(frames: Tensor, captions: list[str]):
     noise = 6 * torch.randn(frames.shape, generator=torch.Generator().manual_seed(0))
     noisy = judge(to_bytes(frames + noise), captions)

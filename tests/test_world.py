@@ -146,7 +146,7 @@ def test_a_still_object_stays_still():
 
 def test_areas_are_those_of_the_shapes():
     """Covered pixels add up to the area of each outline, from elementary geometry."""
-    radius, star = 20.0, 5 * 1.1 * 0.52 * math.sin(math.pi / 5)
+    radius, star = 20.0, 5 * 1.1 * 0.46 * math.sin(math.pi / 5)
     areas = {
         "circle": math.pi * 0.88**2,
         "square": 1.56**2,

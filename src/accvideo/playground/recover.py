@@ -3,18 +3,20 @@
 1. The background: of all colors, patterns and phases the one nearest to the median frame, objects ignored.
 2. The objects: pixels that differ from it, by palette color, joined over space and time into blobs.
 3. Each object's center, area and n-fold moments in each frame, which give its motion and, for each shape, its size and
-   angle; the shape is the one whose outline fits best.
+   angle; the shape is the one that fits best, however blurred.
 4. All free numbers of an object refined together by Gauss-Newton on the coverage of the pixels at its outline.
 
 Colors are in levels (0 to 255), lengths in pixels, angles in radians, time runs from -0.5 to 0.5 over the clip.
 """
 
+import math
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
+from torch.nn.functional import avg_pool2d, conv2d
 
 from accvideo.playground import world
 from accvideo.playground.world import MOTIONS, NUM_FRAMES, PATTERNS, SHAPES, SIZE, Requests
@@ -37,6 +39,13 @@ _MIN_MOTION = 0.35
 _MAX_PATH_ERROR = 2.5
 """Root mean square distance of an object from its fitted path, in pixels, from which it moves like nothing known."""
 _NUM_PHASES = 128
+_CANVAS, _CANVAS_WIDTH = 44, 5.5
+"""Pixels along a side of the canvas on which shapes are compared, and its width in radii of the disk of their area."""
+_SCALES = (0.86, 0.93, 1.0, 1.07, 1.14, 1.22, 1.3)
+_BLURS = (0.0, 0.06, 0.12, 0.18, 0.24, 0.3, 0.36, 0.42, 0.5)
+"""Standard deviations of the blur with which shapes are compared, in the same radii: up to four pixels."""
+_MAX_TILT = 0.4
+"""How far from upright an object that does not spin is looked for, in radians; the world's are within 0.3."""
 _MAX_STEPS = 12
 
 
@@ -476,23 +485,66 @@ def _bridge(values: Tensor, weight: Tensor, time: Tensor) -> Tensor:
     return torch.lerp(values.gather(1, before), values.gather(1, after), share)
 
 
+@lru_cache
+def _templates() -> Float[Tensor, "shapes variants pixels"]:
+    """Each shape on its canvas at each scale and blur, as `_fit_shapes` compares them with what is seen."""
+    fine, step = 4 * _CANVAS, _CANVAS_WIDTH / (4 * _CANVAS)
+    place = (torch.arange(fine) + 0.5) * step - _CANVAS_WIDTH / 2
+    reach = torch.arange(-fine // 4, fine // 4 + 1) * step
+    kernels = [torch.exp(-reach.square() / (2 * max(blur, 1e-3) ** 2)) for blur in _BLURS]
+    shapes = []
+    for name, area in zip(SHAPES, _shape_constants()[0], strict=True):
+        radii = [scale * (math.pi / area) ** 0.5 for scale in _SCALES]
+        distance = torch.stack(
+            [radius * world.signed_distance(name, place / radius, place[:, None] / radius) for radius in radii]
+        )
+        sharp = (0.5 - distance / step).clamp(0, 1)[:, None]
+        for_blur = []
+        for kernel in kernels:
+            rows = conv2d(sharp, (kernel / kernel.sum()).view(1, 1, 1, -1), padding="same")
+            for_blur.append(conv2d(rows, (kernel / kernel.sum()).view(1, 1, -1, 1), padding="same"))
+        shapes.append(avg_pool2d(torch.cat(for_blur), 4).flatten(1))
+    return torch.stack(shapes)
+
+
 def _fit_shapes(support: _Support, tracks: _Tracks) -> Int[Tensor, " M"]:
-    """Shape of each object whose coverage, at the measured centers, areas and angles, is nearest to the observed."""
-    num = len(tracks.x)
+    """Shape of each object whose coverage is nearest to the observed, at the best size, angle and blur.
+
+    All frames of an object are laid over each other on a canvas, moved to the measured centers, scaled to the measured
+    areas and turned back by the measured angles. An object that does not spin stands nearly upright.
+    """
+    num, device = len(tracks.x), tracks.x.device
     use = (tracks.weight[support.object, support.frame] > 0.5).nonzero()[:, 0]
     support = support[use]
-    areas, phases = (t.to(tracks.x.device) for t in _shape_constants())
-    time = _time(tracks.x.device)
-    errors = []
+    of, coverage = (support.object, support.frame), support.coverage.clamp(-0.5, 1.5)
+    scale = (tracks.area.clamp(min=_MIN_FRAME_AREA) / math.pi).rsqrt()[of]
+    dx, dy = (support.x - tracks.x[of]) * scale, (support.y - tracks.y[of]) * scale
+    phases, templates = _shape_constants()[1].tolist(), _templates().to(device)
+
+    def least_error(shape: int, angle: Float[Tensor, "M 17"]) -> Float[Tensor, " M"]:
+        """Squared error of the best variant, less the sum of squares of the coverage, the same for all."""
+        cos, sin = angle[of].cos(), angle[of].sin()
+        across, down = (
+            ((value / _CANVAS_WIDTH + 0.5) * _CANVAS).long().clamp(0, _CANVAS - 1)
+            for value in (cos * dx + sin * dy, cos * dy - sin * dx)
+        )
+        key = (support.object * _CANVAS + down) * _CANVAS + across
+        pixels = _sums(key, torch.ones_like(coverage), num * _CANVAS**2).view(num, _CANVAS**2)
+        covered = _sums(key, coverage, num * _CANVAS**2).view(num, _CANVAS**2)
+        variants = templates[shape].T
+        return (pixels @ variants.square() - 2 * covered @ variants).amin(1)
+
+    errors, upright = [], torch.zeros_like(tracks.x)
     for i, name in enumerate(SHAPES):
-        angle = torch.zeros_like(tracks.x)
-        if order := world.ROTATIONAL_SYMMETRY.get(name):
-            phase, turn = tracks.turn[order]
-            angle = ((phase - phases[i]) / order)[:, None] + turn[:, None] * time
-        radius = (tracks.area.clamp(min=1.0) / areas[i]).sqrt()
-        path = torch.stack([tracks.x, tracks.y, radius, angle], -1)[support.object, support.frame]
-        miss = (0.5 - support.distance(name, path)).clamp(0, 1) - support.coverage
-        errors.append(_sums(support.object, miss.square().clamp(max=1.0), num))
+        if (order := world.ROTATIONAL_SYMMETRY.get(name)) is None:
+            errors.append(least_error(i, upright))
+            continue
+        tilt, period = (tracks.still_phase[order] - phases[i]) / order, 2 * math.pi / order
+        tilt = (tilt - period * (tilt / period).round()).clamp(-_MAX_TILT, _MAX_TILT)
+        phase, turn = tracks.turn[order]
+        turned = ((phase - phases[i]) / order)[:, None] + turn[:, None] * _time(device)
+        spinning = least_error(i, turned).masked_fill(turn.abs() < _MIN_MOTION * _USUAL_AMOUNT["spin"], torch.inf)
+        errors.append(torch.minimum(least_error(i, upright + tilt[:, None]), spinning))
     return torch.stack(errors, 1).argmin(1)
 
 

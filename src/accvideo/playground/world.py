@@ -221,7 +221,7 @@ def place(requests: Requests, uniforms: Float[Tensor, "batch candidates 14"]) ->
 
     sideways, upright = is_motion("moves left", "moves right"), is_motion("moves up", "moves down")
     resizes, spins, hops = is_motion("grows", "shrinks"), is_motion("spins"), is_motion("bounces")
-    radius = torch.where(pair, between(7.0, 10.5, "radius"), between(8.0, 13.0, "radius"))
+    radius = torch.where(pair, between(8.0, 11.0, "radius"), between(8.0, 13.0, "radius"))
     spread = u[..., PARAMETERS.index("amount")]
     turn = torch.where(spread < 0.5, -2.0 - 5.0 * spread, 2.0 + 5.0 * (spread - 0.5))
     amount = torch.where(sideways | upright, between(18.0, 32.0, "amount"), 0.0)
@@ -230,7 +230,7 @@ def place(requests: Requests, uniforms: Float[Tensor, "batch candidates 14"]) ->
     amount = torch.where(spins, turn, amount)
     angle = torch.where(spins, between(-math.pi, math.pi, "angle"), between(-0.3, 0.3, "angle"))
 
-    margin = 1 + _REACH * radius * torch.where(resizes, 1 + amount / 2, 1.0)
+    margin = 1.4 + _REACH * radius * torch.where(resizes, 1 + amount / 2, 1.0)
     margin_x = margin + torch.where(sideways, amount / 2, 0.0)
     margin_y = margin + torch.where(upright | hops, amount / 2, 0.0)
     x, y = between(margin_x, SIZE - margin_x, "x"), between(margin_y, SIZE - margin_y, "y")
@@ -295,7 +295,7 @@ def signed_distance(shape: str, x: Tensor, y: Tensor) -> Tensor:
         side = math.sqrt(3) / 2
         return torch.maximum(y, side * x.abs() - y / 2) - 0.55
     # A star: fold the plane into half a point of it, then the distance to that one edge.
-    outer, inner, sector = 1.1, 0.52, math.pi / 5
+    outer, inner, sector = 1.1, 0.46, math.pi / 5
     turn = torch.atan2(x, -y)
     turn = (turn - 2 * sector * (turn / (2 * sector)).round()).abs()
     length = (x.square() + y.square() + 1e-12).sqrt()
