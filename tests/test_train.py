@@ -10,6 +10,7 @@ from torch import nn
 from accvideo.playground import train, world
 from accvideo.teacher import PLAYGROUND_TEACHER, denoising_grid
 from accvideo.types import UserError
+from tests.tiny import tiny_wan_pipeline
 
 
 def tiny_config(out: Path) -> train.TrainConfig:
@@ -18,8 +19,8 @@ def tiny_config(out: Path) -> train.TrainConfig:
         vae_iterations=3,
         vae_batch_size=1,
         denoiser_iterations=9,
-        decoder_iterations=3,
-        decoder_batch_size=1,
+        refine_iterations=3,
+        refine_batch_size=1,
         denoiser_batch_size=2,
         pool_size=16,
         pool_block=8,
@@ -93,6 +94,40 @@ def test_the_tokenizer_knows_every_word_and_copes_with_others():
         tokenizer.unk_token_id,
         *tokenizer("star").input_ids,
     ]
+
+
+def test_going_on_keeps_the_latents_and_the_denoiser(tmp_path: Path, teacher: WanPipeline):
+    """Three small updates of everything leave a teacher near the one it started from, but not the same."""
+    config = replace(tiny_config(tmp_path / "on"), start_from="playground", denoiser_iterations=3)
+    config = replace(config, denoiser_learning_rate=1e-6, refine_learning_rate=1e-5)
+    train.train(config)
+    after = WanPipeline.from_pretrained(tmp_path / "on" / "teacher", dtype=torch.float32)
+    assert not (tmp_path / "on" / "vae.safetensors").exists()
+    assert after.vae.config.latents_mean == teacher.vae.config.latents_mean
+    clips = world.draw(world.random_scenes(2, torch.Generator().manual_seed(0))) * 2 - 1
+    with torch.no_grad():
+        old, new = (pipe.vae.encode(clips).latent_dist.mean for pipe in (teacher, after))
+    assert 0 < (new - old).abs().mean() < 0.05 * old.std()
+    for part in ("transformer", "text_encoder"):
+        for weight, other in zip(getattr(teacher, part).parameters(), getattr(after, part).parameters(), strict=True):
+            torch.testing.assert_close(weight, other, rtol=0, atol=5e-3)
+
+
+def test_a_start_from_another_kind_of_teacher_is_refused(tmp_path: Path):
+    tiny_wan_pipeline().save_pretrained(tmp_path / "wan")
+    with pytest.raises(UserError, match="not a teacher of the playground"):
+        train.load_start(str(tmp_path / "wan"))
+
+
+def test_errors_on_and_next_to_objects_weigh_more():
+    scenes = world.random_scenes(8, torch.Generator().manual_seed(0))
+    clips, weight = train.draw_weighted(scenes)
+    covered = world.draw_foreground(scenes)[:, None] > 0
+    assert clips.min() >= -1 and clips.max() <= 1
+    assert weight.mean() == pytest.approx(1, abs=1e-5)
+    assert weight[covered].min() > 3 * weight[~covered].mean()
+    assert weight.max() / weight.min() == pytest.approx(7, rel=1e-4)
+    assert train.pixel_loss(0.5 * torch.ones(8, 3, 17, 64, 64), weight) == pytest.approx(0.5 + 4 * 0.25, rel=1e-4)
 
 
 def test_a_folder_of_other_settings_is_refused(tmp_path: Path):

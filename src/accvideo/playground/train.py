@@ -1,11 +1,14 @@
 """Train the playground's teacher: a genuine Wan text-to-video pipeline, small enough for a laptop.
 
-Three stages, all resumable: the autoencoder learns the world's clips; the text encoder and the denoiser learn together
-to denoise its latents by flow matching (Lipman et al. 2023, arXiv:2210.02747); the decoder goes on alone. The world
-draws as many clips as training wants, so nothing is seen twice unless the pool of encoded clips wraps around. Batch i
-depends on the seed and i alone: a killed training goes on from its last checkpoint as if nothing had happened.
+Three stages, all resumable: the autoencoder learns the world's clips; it is refined in small batches without its
+latents moving far; the text encoder and the denoiser learn together to denoise these by flow matching (Lipman et al.
+2023, arXiv:2210.02747). With a teacher to start from, the first stage is left out; the others go on from its weights.
+
+The world draws as many clips as training wants, so nothing is seen twice unless the pool of encoded clips wraps around.
+Batch i depends on the seed and i alone: a killed training goes on from its last checkpoint as if nothing had happened.
 """
 
+import copy
 import json
 import math
 import time
@@ -25,6 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from accvideo.playground import world
+from accvideo.teacher import load_pipeline
 from accvideo.trajectory import write_whole
 from accvideo.types import UserError
 
@@ -70,6 +74,8 @@ class TrainConfig:
 
     out: Path
     """Folder to write: the pipeline in `teacher/`, checkpoints beside it."""
+    start_from: str | None = None
+    """Teacher to go on from: `playground`, or a folder that this command saved. From nothing by default."""
     vae_iterations: int = 12_000
     """Updates of the autoencoder."""
     vae_batch_size: int = 64
@@ -78,12 +84,14 @@ class TrainConfig:
     """Peak learning rate of the autoencoder."""
     kl_weight: float = 1e-4
     """Weight of the mean KL divergence of a latent number (in nats) against the mean pixel error."""
-    decoder_iterations: int = 20_000
-    """Further updates of the decoder alone, on the latents that the denoiser knows."""
-    decoder_batch_size: int = 12
-    """Clips in one update of the decoder alone."""
-    decoder_learning_rate: float = 3e-3
-    """Peak learning rate of the decoder's kernels (Muon); a tenth of it is that of its other weights (Adam)."""
+    refine_iterations: int = 20_000
+    """Further updates of the autoencoder, its latents held where they are."""
+    refine_batch_size: int = 12
+    """Clips in one of these updates."""
+    refine_learning_rate: float = 3e-3
+    """Peak learning rate of the kernels (Muon) in these updates; a tenth of it is that of other weights (Adam)."""
+    refine_hold: float = 0.05
+    """Weight of the mean squared distance of the latents from where they were, in their standard deviations."""
     denoiser_iterations: int = 20_000
     """Updates of the denoiser and the text encoder."""
     denoiser_batch_size: int = 512
@@ -190,17 +198,18 @@ def build_denoiser() -> WanTransformer3DModel:
 
 def train(config: TrainConfig) -> dict[str, Any]:
     """Train all stages and save the teacher; returns what was written and how long it took."""
-    start = time.perf_counter()
+    started = time.perf_counter()
     gpu = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(gpu if config.device == "auto" else config.device)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     claim_folder(config)
-    vae = train_vae(config, device)
-    tokenizer, text_encoder, denoiser = train_denoiser(config, vae, device)
-    train_decoder(config, vae, device)
+    start = load_start(config.start_from)
+    vae = start.vae.to(device) if start else train_vae(config, device)
+    refine_vae(config, vae, device)
+    tokenizer, text_encoder, denoiser = train_denoiser(config, vae, start, device)
     save_teacher(config.out / "teacher", vae, tokenizer, text_encoder, denoiser)
-    return {"teacher": str(config.out / "teacher"), "seconds": time.perf_counter() - start}
+    return {"teacher": str(config.out / "teacher"), "seconds": time.perf_counter() - started}
 
 
 def claim_folder(config: TrainConfig) -> None:
@@ -223,35 +232,64 @@ def claim_folder(config: TrainConfig) -> None:
     write_whole(path, json.dumps(own, indent=2).encode() + b"\n")
 
 
+def load_start(name: str | None) -> WanPipeline | None:
+    """The teacher to go on from.
+
+    Raises:
+        UserError: it is not one that this module has made.
+    """
+    if name is None:
+        return None
+    pipeline: Any = load_pipeline(name, torch.float32, torch.device("cpu"))
+    vocab = build_tokenizer().get_vocab()
+    if not isinstance(pipeline, WanPipeline) or pipeline.tokenizer.get_vocab() != vocab:  # type: ignore[union-attr]
+        raise UserError(f"{name} is not a teacher of the playground's world\nGive one, or leave --start-from out")
+    return pipeline
+
+
+def draw_weighted(scenes: world.Scenes) -> tuple[Tensor, Tensor]:
+    """Clips of scenes in [-1, 1], and the weight of each pixel's error `[batch, 1, 17, 64, 64]`.
+
+    Weights are seven times as high on and next to objects, a tenth of the pixels, and 1 on average.
+    """
+    near = nn.functional.max_pool2d(world.draw_foreground(scenes), 5, stride=1, padding=2)[:, None]
+    weight = 1 + 6 * near
+    return world.draw(scenes) * 2 - 1, weight / weight.mean()
+
+
+def pixel_loss(error: Tensor, weight: Tensor) -> Tensor:
+    """Weighted L1 and L2 error of pixels in [-1, 1]."""
+    return (weight * (error.abs() + 4 * error.square())).mean()
+
+
 def train_vae(config: TrainConfig, device: torch.device) -> AutoencoderKLWan:
-    """Train the autoencoder on the world's clips by L1 and L2 pixel errors and a small KL term."""
+    """Train the autoencoder on the world's clips by pixel errors and a small KL term."""
     torch.manual_seed(config.seed)
     vae = build_vae()
     vae.to(device)  # type: ignore[arg-type]
     optimizer = _adamw(list(vae.parameters()), weight_decay=0.0)
 
-    def update(clips: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    def update(clips: Tensor, weight: Tensor, noise: Tensor) -> dict[str, Tensor]:
         posterior = vae.encode(clips).latent_dist  # type: ignore[union-attr]
         error = vae.decode(posterior.mean + posterior.std * noise).sample - clips  # type: ignore[union-attr]
-        mse = error.square().mean()
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-        minimize(error.abs().mean() + 4 * mse + config.kl_weight * kl, optimizer)
-        return {"psnr_db": 10 * torch.log10(4 / mse.detach()), "kl_nats": kl.detach()}
+        minimize(pixel_loss(error, weight) + config.kl_weight * kl, optimizer)
+        return {"psnr_db": psnr(error), "kl_nats": kl.detach()}
 
     run_update = _Graphed(update, optimizer)
 
     @lru_cache(maxsize=1)
-    def draw_batches(block: int) -> Tensor:
+    def draw_batches(block: int) -> tuple[Tensor, Tensor]:
         generator = _generator(config.seed, "vae", block, device)
-        scenes = world.random_scenes(_BATCHES_DRAWN * config.vae_batch_size, generator)
-        return (world.draw(scenes) * 2 - 1).unflatten(0, (_BATCHES_DRAWN, -1))
+        clips, weight = draw_weighted(world.random_scenes(_BATCHES_DRAWN * config.vae_batch_size, generator))
+        return clips.unflatten(0, (_BATCHES_DRAWN, -1)), weight.unflatten(0, (_BATCHES_DRAWN, -1))
 
     def iterate(iteration: int) -> dict[str, Tensor]:
         _set_learning_rate(optimizer, config.vae_learning_rate * _schedule(iteration, config.vae_iterations))
-        clips = draw_batches(iteration // _BATCHES_DRAWN)[iteration % _BATCHES_DRAWN]
+        clips, weight = (part[iteration % _BATCHES_DRAWN] for part in draw_batches(iteration // _BATCHES_DRAWN))
         generator = _generator(config.seed, "vae noise", iteration, device)
         noise = torch.randn(len(clips), LATENT_CHANNELS, 5, 4, 4, generator=generator, device=device)
-        return run_update(clips, noise)
+        return run_update(clips, weight, noise)
 
     checkpoint = _Checkpoint(config.out / "vae", {"vae": vae}, optimizer)
     _loop("autoencoder", config.vae_iterations, config.save_every, checkpoint, iterate)
@@ -260,14 +298,15 @@ def train_vae(config: TrainConfig, device: torch.device) -> AutoencoderKLWan:
 
 
 def train_denoiser(
-    config: TrainConfig, vae: AutoencoderKLWan, device: torch.device
+    config: TrainConfig, vae: AutoencoderKLWan, start: WanPipeline | None, device: torch.device
 ) -> tuple[PreTrainedTokenizerFast, UMT5EncoderModel, WanTransformer3DModel]:
     """Train text encoder and denoiser together by flow matching on the autoencoder's latents."""
     torch.manual_seed(config.seed + 1)
     tokenizer = build_tokenizer()
-    text_encoder = build_text_encoder(len(tokenizer)).to(device)  # type: ignore[arg-type]
-    denoiser = build_denoiser()
-    denoiser.to(device)  # type: ignore[arg-type]
+    text_encoder: Any = start.text_encoder if start else build_text_encoder(len(tokenizer))
+    denoiser: Any = start.transformer if start else build_denoiser()
+    text_encoder.to(device).requires_grad_(True)
+    denoiser.to(device).requires_grad_(True)
     modules = {"text_encoder": text_encoder, "denoiser": denoiser}
     weights = [p for module in modules.values() for p in module.parameters()]
     averages = {name: {k: p.detach().clone() for k, p in m.named_parameters()} for name, m in modules.items()}
@@ -314,39 +353,48 @@ def train_denoiser(
     return tokenizer, text_encoder, denoiser
 
 
-def train_decoder(config: TrainConfig, vae: AutoencoderKLWan, device: torch.device) -> None:
-    """Go on training the decoder alone: the latents stay what the denoiser knows, so this can be done at any time."""
-    decoder = nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True)
-    averages = {"decoder": {k: p.detach().clone() for k, p in decoder.named_parameters()}}
-    optimizer = Muon(list(decoder.parameters()), config.decoder_learning_rate)
-    checkpoint = _Checkpoint(config.out / "decoder", {"decoder": decoder}, optimizer, averages)
-    weights = list(decoder.parameters())
-    averaged = list(averages["decoder"].values())
+def refine_vae(config: TrainConfig, vae: AutoencoderKLWan, device: torch.device) -> None:
+    """Go on training the autoencoder by Muon in small batches, its latents held near where they were.
+
+    So a denoiser of the old latents has little to learn anew.
+    """
+    old: Any = copy.deepcopy(vae).requires_grad_(False)
+    vae.requires_grad_(True)
+    weights = list(vae.parameters())
+    averages = {"vae": {name: weight.detach().clone() for name, weight in vae.named_parameters()}}
+    averaged = list(averages["vae"].values())
+    optimizer = Muon(weights, config.refine_learning_rate)
+    checkpoint = _Checkpoint(config.out / "refined", {"vae": vae}, optimizer, averages)
     std = torch.tensor(vae.config.latents_std, device=device).view(1, -1, 1, 1, 1)  # type: ignore[attr-defined]
 
     def iterate(iteration: int) -> dict[str, Tensor]:
-        decay = min(1.0, 1.25 * (1 - iteration / config.decoder_iterations))
-        _set_learning_rate(optimizer, config.decoder_learning_rate * decay)
-        generator = _generator(config.seed, "decoder", iteration, device)
-        clips = world.draw(world.random_scenes(config.decoder_batch_size, generator)) * 2 - 1
-        with torch.no_grad():
-            latents = vae.encode(clips).latent_dist.mean  # type: ignore[union-attr]
-        noise = torch.randn(latents.shape, generator=generator, device=device)
+        decay = min(1.0, 1.25 * (1 - iteration / config.refine_iterations))
+        _set_learning_rate(optimizer, config.refine_learning_rate * decay)
+        generator = _generator(config.seed, "refine", iteration, device)
+        clips, weight = draw_weighted(world.random_scenes(config.refine_batch_size, generator))
         with torch.autocast(device.type, dtype=torch.bfloat16):
+            with torch.no_grad():
+                held = old.encode(clips).latent_dist.mean.float()
+            latents = vae.encode(clips).latent_dist.mean.float()  # type: ignore[union-attr]
+            noise = torch.randn(latents.shape, generator=generator, device=device)
             decoded = vae.decode(latents + 0.03 * std * noise).sample  # type: ignore[union-attr]
-        error = decoded.float() - clips
-        mse = error.square().mean()
+        error, moved = decoded.float() - clips, ((latents - held) / std).square().mean()
         optimizer.zero_grad()
-        (error.abs().mean() + 4 * mse).backward()
+        (pixel_loss(error, weight) + config.refine_hold * moved).backward()
         optimizer.step()
         _move_averages(averaged, weights, min(0.997, (1 + iteration) / (10 + iteration)))
-        return {"psnr_db": 10 * torch.log10(4 / mse.detach())}
+        return {"psnr_db": psnr(error), "moved": moved.detach().sqrt()}
 
-    _loop("decoder", config.decoder_iterations, config.save_every, checkpoint, iterate)
+    _loop("refinement", config.refine_iterations, config.save_every, checkpoint, iterate)
     with torch.no_grad():
         for weight, average in zip(weights, averaged, strict=True):
             weight.copy_(average)
-    decoder.requires_grad_(False)
+    vae.eval().requires_grad_(False)
+
+
+def psnr(error: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of pixels in [-1, 1], in dB."""
+    return 10 * torch.log10(4 / error.detach().square().mean())
 
 
 class Muon(torch.optim.Optimizer):

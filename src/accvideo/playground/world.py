@@ -342,6 +342,13 @@ def draw_coverage(
     return coverage
 
 
+def draw_foreground(scenes: Scenes) -> Float[Tensor, "batch 17 64 64"]:
+    """How much of each pixel the objects cover, in [0, 1]."""
+    requests, paths = scenes.requests, object_paths(scenes.requests.motion, scenes.objects)
+    first, second = (draw_coverage(requests.shape[:, i], paths[:, i]) for i in range(2))
+    return torch.maximum(first, second * (requests.count > 1)[:, None, None, None])
+
+
 def draw(scenes: Scenes) -> Float[Tensor, "batch 3 17 64 64"]:
     """The clips of scenes, in [0, 1]."""
     requests = scenes.requests
