@@ -354,7 +354,8 @@ def test_metrics_name_every_quantity_and_key_point(folder: TrajectoryFolder, tmp
         "logit_gap",
         "seconds",
     }
-    expected |= {"gradient_norm", "adversarial_gradient_norm", "head_gradient_norm", "iteration", "keypoint"}
+    expected |= {"gradient_norm", "trajectory_gradient_norm", "adversarial_gradient_norm", "head_gradient_norm"}
+    expected |= {"iteration", "keypoint"}
     assert all(line.keys() == expected for line in steps)
     validations = [line for line in lines if "latent_error" in line]
     assert [line["iteration"] for line in validations] == [4, 9, 12]

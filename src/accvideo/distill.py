@@ -24,6 +24,7 @@ from tyro.conf import Positional
 from accvideo.acceleration import Quantization, quantization_config, stored_fingerprint
 from accvideo.checkpoint import MetricsLog, read_metrics
 from accvideo.discriminator import Discriminator
+from accvideo.health import CHANCE_LOSSES, Watch, sample_health
 from accvideo.losses import ADVERSARIAL_LOSSES, Logits, trajectory_loss
 from accvideo.student import Student, save_student, student_config
 from accvideo.teacher import fingerprint, teacher_path
@@ -200,6 +201,8 @@ def train(
     alternating, shared = config.update == "alternating", config.update == "shared"
     clip = config.max_gradient_norm
     stream = batches(training.iteration)
+    if held_out and training.iteration == 0:
+        log({"iteration": 0, "start": measure(training, held_out, sigmas)})
     while training.iteration < config.num_iterations and not out_of_patience(config, training):
         iteration, began = training.iteration, time.perf_counter()
         keypoint = iteration % (len(sigmas) - 1)  # 0 starts at the noise, the last ends at the video
@@ -213,8 +216,7 @@ def train(
         # Teacher-forced: match the teacher's mean velocity between two stored states (Eq. 6).
         if not (judged and shared):
             loss = paired_loss(student, batch, sigmas, keypoint).mean()
-            accumulate(loss, optimizer)
-            line["trajectory_loss"] = loss.detach()
+            line |= {"trajectory_loss": loss.detach(), "trajectory_gradient_norm": accumulate(loss, optimizer)}
         if alternating or not judged:
             line["gradient_norm"] = update(optimizer, clip)
 
@@ -228,8 +230,10 @@ def train(
             if shared:
                 rejoining = rejoining_loss(rollout, sigmas, keypoint).mean()
                 loss, line["trajectory_loss"] = loss + rejoining, rejoining.detach()
-            accumulate(loss, optimizer)
-            line["adversarial_gradient_norm" if alternating else "gradient_norm"] = update(optimizer, clip)
+            norm = accumulate(loss, optimizer)
+            if not shared:
+                line["adversarial_gradient_norm"] = norm
+            line.setdefault("gradient_norm", update(optimizer, clip))
 
             with torch.no_grad():
                 real_features = discriminator.features(rollout.batch.states[:, keypoint + 1], rollout.batch, keypoint)
@@ -292,17 +296,30 @@ def count_skipped(config: DistillConfig, training: Training, values: dict[str, f
         )
 
 
-@torch.no_grad()
 def validate(
     config: DistillConfig, training: Training, held_out: Sequence[TrajectoryBatch], sigmas: Sigmas
 ) -> dict[str, Any]:
-    """Measure the student on trajectories it is not trained on, and remember it if it is the best so far.
+    """Measure the student on trajectories it is not trained on, and remember it if it is the best so far."""
+    result = measure(training, held_out, sigmas)
+    error = result["latent_error"]
+    training.num_since_best += 1
+    if training.best_error is None or error < training.best_error:
+        training.best_error, training.num_since_best = error, 0
+        if config.keep_best:
+            best = training.average or training.student.trained()
+            training.best = {name: weight.detach().clone() for name, weight in best.items()}
+    return result
 
-    The result has the trajectory loss by key point ("validation_loss"), and the mean squared distance between the
-    student's video latents and the teacher's from the same noise ("latent_error").
+
+@torch.no_grad()
+def measure(training: Training, held_out: Sequence[TrajectoryBatch], sigmas: Sigmas) -> dict[str, Any]:
+    """What is known of the student from held-out trajectories.
+
+    The result has the trajectory loss by key point ("validation_loss"), the mean squared distance between the
+    student's video latents and the teacher's from the same noise ("latent_error"), and `health.sample_health` of them.
     """
     student, num_steps = training.student, len(sigmas) - 1
-    losses, errors = torch.zeros(num_steps), torch.zeros(())
+    losses, errors, samples = torch.zeros(num_steps), torch.zeros(()), []
     with weights(student, training.average):
         for batch in held_out:
             latents = batch.states[:, 0]
@@ -310,15 +327,10 @@ def validate(
                 losses[keypoint] += paired_loss(student, batch, sigmas, keypoint).sum().cpu()
                 latents = student_step(student, batch, latents, sigmas, keypoint)
             errors += trajectory_loss(latents, batch.states[:, -1]).sum().cpu()
+            samples.append(latents)
     num_samples = sum(len(batch.states) for batch in held_out)
-    error = float(errors) / num_samples
-    training.num_since_best += 1
-    if training.best_error is None or error < training.best_error:
-        training.best_error, training.num_since_best = error, 0
-        if config.keep_best:
-            best = training.average or student.trained()
-            training.best = {name: weight.detach().clone() for name, weight in best.items()}
-    return {"validation_loss": (losses / num_samples).tolist(), "latent_error": error}
+    health = sample_health(torch.cat(samples), torch.cat([batch.states[:, -1] for batch in held_out]))
+    return {"validation_loss": (losses / num_samples).tolist(), "latent_error": float(errors) / num_samples, **health}
 
 
 def out_of_patience(config: DistillConfig, training: Training) -> bool:
@@ -366,10 +378,16 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     restore(config.out / "checkpoints", training, batches)
 
     with MetricsLog(metrics_path, training.iteration) as metrics, progress_bar(console, config, training) as show:
+        watch = Watch(len(sigmas) - 1, CHANCE_LOSSES[config.adversarial_loss])
+        for line in read_metrics(metrics_path):
+            watch.look(line)
 
         def log(line: dict[str, Any]) -> None:
             metrics.write(line)
             show(line)
+            for alarm in watch.look(line):
+                metrics.write(alarm)
+                console.print(f"alarm at iteration {alarm['iteration']}: {alarm['message']}")
 
         save = partial(store, config.out / "checkpoints", training)
         train(config, training, sigmas, batches, held_out, log, save)

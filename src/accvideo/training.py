@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from accvideo.checkpoint import load_checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
@@ -58,12 +58,20 @@ def trained_by(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def accumulate(loss: Tensor, optimizer: Optimizer) -> None:
-    """Add the gradient of a loss to the parameters of this optimizer, and to no others.
+def accumulate(loss: Tensor, optimizer: Optimizer) -> Tensor:
+    """Add the gradient of a loss to the parameters of this optimizer, and to no others; the norm of what it adds.
 
     The student's loss passes through the heads, and must leave no gradient there for their next update.
     """
-    loss.backward(inputs=trained_by(optimizer))
+    parameters = trained_by(optimizer)
+    before = [parameter.grad for parameter in parameters]
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward(inputs=parameters)
+    norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    for parameter, gradient in zip(parameters, before, strict=True):
+        if gradient is not None:
+            parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
+    return norm
 
 
 def update(optimizer: Optimizer, max_norm: float) -> Tensor:
