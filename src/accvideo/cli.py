@@ -17,6 +17,7 @@ COMMANDS = {
     "export": ("accvideo.export", "write a student as a diffusers folder, a LoRA, or for ComfyUI"),
     "evaluate": ("accvideo.evaluate", "compare a student with its teacher and write a report"),
     "plan": ("accvideo.plan", "hours, memory and disk that a released teacher will take, before any download"),
+    "analyze toy": ("accvideo.analysis.toy", "repeat the paper's 1-D study, and what it left out"),
     "playground prompts": ("accvideo.playground.prompts", "write prompts of the playground's world to a file"),
     "playground train": ("accvideo.playground.train", "train the playground's teacher anew"),
 }
@@ -40,7 +41,8 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command; returns the exit code."""
-    if arguments in (["playground", "-h"], ["playground", "--help"]):
+    groups = {command.split()[0] for command in COMMANDS if " " in command}
+    if len(arguments) == 2 and arguments[0] in groups and arguments[1] in ("-h", "--help"):
         arguments = ["--help"]
     if not arguments or arguments[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS))
@@ -52,7 +54,7 @@ def run(arguments: list[str]) -> int:
 
         print(__version__)
         return 0
-    words = 2 if arguments[0] == "playground" else 1
+    words = 2 if arguments[0] in groups else 1
     command, rest = " ".join(arguments[:words]), arguments[words:]
     if command not in COMMANDS:
         print(f"accvideo: unknown command {command!r}; known are {', '.join(COMMANDS)}", file=sys.stderr)
