@@ -276,11 +276,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "duplicate": (
         lambda folder: write_trajectory(folder, replace(make_trajectory(1), index=4)),
-        ["000004.safetensors: starts from the same noise as 000001.safetensors"],
+        ["000004.safetensors: has the noise and the prompt of 000001.safetensors"],
     ),
     "wrong shape": (
         lambda folder: write_trajectory(folder, replace(make_trajectory(3), states=torch.ones(3, 4, 2, 3, 5))),
-        ["000003.safetensors: states [3, 4, 2, 3, 5], the others [3, 4, 2, 3, 3]"],
+        ["000003.safetensors: states [3, 4, 2, 3, 5], most others [3, 4, 2, 3, 3]"],
     ),
     "too few states": (
         lambda folder: write_trajectory(folder, replace(make_trajectory(3), states=torch.ones(2, 4, 2, 3, 3))),

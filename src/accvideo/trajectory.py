@@ -1,105 +1,36 @@
-"""A recorded trajectory and its file; a folder of them as a data set.
+"""A recorded trajectory and its file.
 
-The folder holds `manifest.json` and one `000123.safetensors` a trajectory. A file is written under another name, then
-renamed, so a half-written one is never seen; a SHA-256 of every byte is in its header and checked at each read.
+A file is written under another name, then renamed, so a half-written one is never seen; a SHA-256 of every byte is in
+its header and checked at each read. Nothing in a file is executed, and nothing that it claims is believed: it may come
+from anybody.
 """
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from accvideo.call import DenoiserCall, collate_calls
-from accvideo.flow import keypoint_indices
-from accvideo.types import Sigmas, UserError
+from accvideo.manifest import FORMAT, FORMATS, Manifest
+from accvideo.schema import parse
+from accvideo.storage import LocalStorage
+from accvideo.types import UserError
 
-FORMAT = 1
-MANIFEST = "manifest.json"
-CACHE_BYTES = 2 * 1024**3
-"""A data set smaller than this stays in memory once read."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What all trajectories of a folder have in common."""
-
-    teacher: str
-    """Name the pipeline was loaded by: a hub id, a folder or `playground`."""
-    revision: str | None
-    license: str | None
-    pipeline_class: str
-    fingerprints: dict[str, str]
-    """Of each denoiser, by component name."""
-    num_steps: int
-    """Denoising steps S of the teacher."""
-    num_student_steps: int
-    """Steps K of the students this data set is for."""
-    keypoints: list[int]
-    """The K + 1 of the S + 1 states that are stored."""
-    sigmas: list[float]
-    """All S + 1 noise levels of the teacher's run."""
-    guidance_scale: float | None
-    height: int | None
-    width: int | None
-    num_frames: int | None
-    fps: int | float
-    """Frames a second the clips are meant for."""
-    pipeline_args: dict[str, Any]
-    """Other arguments of the pipeline's call."""
-    dtype: str
-    seed: int
-    num_trajectories: int
-    batch_size: int
-    """Trajectories denoised together: items `b * batch_size` up to `(b + 1) * batch_size`."""
-    scheduler: dict[str, Any]
-    """Its class and config."""
-    nested_schedule: bool
-    """Whether the scheduler's own grid of K steps lies on the recorded one: then a plain pipeline can run a student."""
-    versions: dict[str, str]
-    denoiser_calls: int = 0
-    """Denoiser calls for each trajectory: S, or 2 S where guidance takes two; 0 before the first is recorded."""
-    format: int = FORMAT
-
-    def __post_init__(self) -> None:
-        if self.format != FORMAT:
-            raise UserError(f"a data set of format {self.format}; this version of accvideo reads format {FORMAT}")
-        if self.keypoints != keypoint_indices(self.num_steps, self.num_student_steps):
-            raise UserError(f"{MANIFEST}: key points {self.keypoints} are not {self.num_student_steps} even steps")
-        if len(self.sigmas) != self.num_steps + 1:
-            raise UserError(f"{MANIFEST}: {len(self.sigmas)} sigmas for {self.num_steps} steps")
-
-    @property
-    def key_sigmas(self) -> Sigmas:
-        """Noise levels of the K + 1 key points."""
-        return torch.tensor(self.sigmas)[self.keypoints]
-
-    def to_json(self) -> str:
-        """The manifest as the text of its file."""
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
-
-    @staticmethod
-    def from_json(text: str) -> "Manifest":
-        """The manifest in the text of its file.
-
-        Raises:
-            UserError: it is not one.
-        """
-        try:
-            return Manifest(**json.loads(text))
-        except (ValueError, TypeError, RecursionError) as error:
-            raise UserError(f"{MANIFEST} cannot be read: {error}") from error
-
-    def differences(self, other: "Manifest", ignore: Sequence[str] = ()) -> list[str]:
-        """Names of the fields in which two manifests differ."""
-        names = [each.name for each in fields(self) if each.name not in ignore]
-        return [name for name in names if getattr(self, name) != getattr(other, name)]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Of a pipeline."""
+MAX_PADDING_BYTES = 1024**3
+"""The most zeros that the boxes of a file may stand for."""
+MIN_PADDING_BYTES = 256
+"""Fewer zeros are stored: a box takes about 100 bytes of the header."""
 
 
 @dataclass(frozen=True)
@@ -167,13 +98,48 @@ def write_whole(path: Path, data: bytes, writer: str = "") -> None:
         raise
 
 
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a trajectory's file says besides its tensors."""
+
+    sha256: str
+    """Of the whole file, with zeros in the place of this field."""
+    format: int
+    index: int
+    seed: int
+    prompt: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    media: dict[str, Any] = field(default_factory=dict)
+    denoisers: list[str]
+    constants: list[dict[str, Any]]
+    starts: list[int] = field(default_factory=list)
+    dtype: str
+    boxes: dict[str, list[list[int]]] = field(default_factory=dict)
+    """Of each tensor that is stored without the zeros around it: its whole shape, and where the stored part begins."""
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise UserError(f"format {self.format}; this version of accvideo reads {FORMATS}")
+        if self.dtype not in DTYPES or len(self.denoisers) != len(self.constants):
+            raise ValueError(f"{self.dtype}, {len(self.denoisers)} denoisers, {len(self.constants)} calls")
+
+
 def write_trajectory(folder: Path, trajectory: Trajectory, writer: str = "") -> Path:
-    """Writes a trajectory's file; equal trajectories give equal bytes, whoever the `writer` (see `write_whole`).
+    """Writes a trajectory's file; equal trajectories give equal bytes, whoever the `writer` (see `write_whole`)."""
+    path = folder / trajectory_name(trajectory.index)
+    write_whole(path, encode_trajectory(trajectory), writer)
+    return path
+
+
+def encode_trajectory(trajectory: Trajectory) -> bytes:
+    """The bytes of a trajectory's file.
 
     An argument that is equal at all key points is stored once (`call.<name>`, `shared.<name>`), one that varies K
-    times (`step.<name>`, `shared_step.<name>`); the condition goes by the name `hidden_states`.
+    times (`step.<name>`, `shared_step.<name>`); the condition goes by the name `hidden_states`. Of an argument with
+    zeros around it (the padding of prompt embeddings, the channels that the state takes in a condition) only the box
+    inside is stored. States are float32, or 16 bits wide where those hold every value exactly.
     """
-    tensors = {"states": trajectory.states}
+    tensors = {"states": narrow(trajectory.states.cpu())}
     for once, varying, join, groups in (
         ("call", "step", torch.cat, [_rows(call) for call in trajectory.calls]),
         ("shared", "shared_step", torch.stack, [call.shared for call in trajectory.calls]),
@@ -181,9 +147,14 @@ def write_trajectory(folder: Path, trajectory: Trajectory, writer: str = "") -> 
         for name, first in groups[0].items():
             values = [each[name] for each in groups]
             if all(torch.equal(value, first) for value in values):
-                tensors[f"{once}.{name}"] = first
+                tensors[f"{once}.{name}"] = first.cpu()
             else:
-                tensors[f"{varying}.{name}"] = join(values)
+                tensors[f"{varying}.{name}"] = join(values).cpu()
+    boxes = {}
+    for name, tensor in list(tensors.items())[1:]:
+        inner, starts = crop(tensor)
+        if tensor.nbytes - inner.nbytes >= MIN_PADDING_BYTES:
+            tensors[name], boxes[name] = inner, [list(tensor.shape), starts]
     header = {
         "sha256": "0" * 64,  # first, so that no prompt can be mistaken for it
         "format": FORMAT,
@@ -196,17 +167,45 @@ def write_trajectory(folder: Path, trajectory: Trajectory, writer: str = "") -> 
         "constants": [call.constants for call in trajectory.calls],
         "starts": trajectory.calls[0].starts,
         "dtype": str(trajectory.calls[0].dtype).removeprefix("torch."),
+        "boxes": boxes,
     }
-    tensors = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    # One metadata key: safetensors writes several in no particular order.
-    data = safetensors.torch.save(tensors, {"accvideo": json.dumps(header)})
-    path = folder / trajectory_name(trajectory.index)
-    write_whole(path, data.replace(b"0" * 64, hashlib.sha256(data).hexdigest().encode(), 1), writer)
-    return path
+    # Copies, for safetensors takes no memory twice; one metadata key, for it writes several in no particular order.
+    copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    data = safetensors.torch.save(copies, {"accvideo": json.dumps(header)})
+    return data.replace(b"0" * 64, hashlib.sha256(data).hexdigest().encode(), 1)
 
 
 def _rows(call: DenoiserCall) -> dict[str, Tensor]:
     return call.tensors if call.condition is None else call.tensors | {"hidden_states": call.condition}
+
+
+def narrow(states: Tensor) -> Tensor:
+    """The states in a floating-point type of 16 bits if it holds each of them exactly, else as they are."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal((narrowed := states.to(dtype)).float(), states):
+            return narrowed
+    return states
+
+
+def crop(tensor: Tensor) -> tuple[Tensor, list[int]]:
+    """The smallest box of a tensor outside of which all bits are 0, and where it begins on each axis."""
+    # Bits, not values: -0.0 is kept.
+    filled = tensor.contiguous().unsqueeze(-1).view(torch.uint8).any(-1)
+    starts = []
+    for axis in range(tensor.ndim):
+        others = [each for each in range(tensor.ndim) if each != axis]
+        places = (filled.any(others) if others else filled).nonzero()
+        start, end = (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 0)
+        tensor, filled = tensor.narrow(axis, start, end - start), filled.narrow(axis, start, end - start)
+        starts.append(start)
+    return tensor, starts
+
+
+def uncrop(inner: Tensor, shape: Sequence[int], starts: Sequence[int]) -> Tensor:
+    """The tensor of a shape that `crop` took a box from."""
+    whole = torch.zeros(list(shape), dtype=inner.dtype)
+    whole[tuple(slice(start, start + size) for start, size in zip(starts, inner.shape, strict=True))] = inner
+    return whole
 
 
 def read_trajectory(path: Path) -> Trajectory:
@@ -215,38 +214,68 @@ def read_trajectory(path: Path) -> Trajectory:
     Raises:
         UserError: the file is missing, truncated or changed.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
+    return decode_trajectory(LocalStorage(path.parent).read(path.name), str(path))
+
+
+def decode_trajectory(data: bytes, where: str) -> Trajectory:
+    """The trajectory in the bytes of a file.
+
+    Raises:
+        UserError: they are not exactly what `encode_trajectory` made; `where` they come from is named.
+    """
     start = 8 + int.from_bytes(data[:8], "little")
     try:
-        header = json.loads(json.loads(data[8:start])["__metadata__"]["accvideo"])
-        stored: str = header["sha256"]
+        # The checksum first, before anything is made of what is written.
+        text = json.loads(data[8:start])["__metadata__"]["accvideo"]
+        stored: str = json.loads(text)["sha256"]
         digest = hashlib.sha256(data[:start].replace(stored.encode(), b"0" * 64, 1))
         digest.update(memoryview(data)[start:])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: not a trajectory, or truncated") from error
+        raise UserError(f"{where}: not a trajectory, or truncated") from error
     if digest.hexdigest() != stored:
-        raise UserError(f"{path}: truncated or changed, its checksum does not match")
+        raise UserError(f"{where}: truncated or changed, its checksum does not match")
+    try:
+        return _trajectory(parse(Header, text), safetensors.torch.load(data))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    except (ValueError, KeyError, IndexError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"{where}: its checksum matches, but it is not a trajectory ({shorten_error(error)})"
+        ) from error
 
-    tensors = safetensors.torch.load(data)
-    states, dtype = tensors.pop("states"), getattr(torch, header["dtype"])
+
+def shorten_error(error: Exception) -> str:
+    """An error in at most 100 characters of one line."""
+    return f"{type(error).__name__} {error}".splitlines()[0][:100]
+
+
+def _trajectory(header: Header, tensors: dict[str, Tensor]) -> Trajectory:
+    padding = sum(math.prod(shape) * tensors[name].itemsize for name, (shape, _) in header.boxes.items())
+    if padding > MAX_PADDING_BYTES or any(size < 0 for box in header.boxes.values() for sizes in box for size in sizes):
+        raise ValueError(f"boxes of {padding} bytes")
+    tensors |= {name: uncrop(tensors[name], *box) for name, box in header.boxes.items()}
+    states = tensors.pop("states")
+    if not states.is_floating_point() or states.ndim < 2:
+        raise ValueError(f"states are {states.dtype} {list(states.shape)}")
+    if unknown := [name for name in tensors if name.partition(".")[0] not in ("call", "step", "shared", "shared_step")]:
+        raise ValueError(f"a tensor {unknown[0]}")
     calls = []
-    for keypoint, constants in enumerate(header["constants"]):
+    for keypoint, constants in enumerate(header.constants):
         rows = _arguments(tensors, "call") | _arguments(tensors, "step", slice(keypoint, keypoint + 1))
         shared = _arguments(tensors, "shared") | _arguments(tensors, "shared_step", keypoint)
+        if short := [name for name, tensor in rows.items() if len(tensor) != 1]:
+            raise ValueError(f"{short[0]} has not one row a key point")
         condition = rows.pop("hidden_states", None)
-        calls.append(DenoiserCall(rows, constants, condition, dtype, tuple(header.get("starts", ())), shared))
+        calls.append(DenoiserCall(rows, constants, condition, DTYPES[header.dtype], tuple(header.starts), shared))
     return Trajectory(
-        index=header["index"],
-        seed=header["seed"],
-        prompt=header["prompt"],
-        states=states,
+        index=header.index,
+        seed=header.seed,
+        prompt=header.prompt,
+        states=states.float(),
         calls=tuple(calls),
-        denoisers=tuple(header["denoisers"]),
-        arguments=header.get("arguments", {}),
-        media=header.get("media", {}),
+        denoisers=tuple(header.denoisers),
+        arguments=header.arguments,
+        media=header.media,
     )
 
 
@@ -256,88 +285,6 @@ def _arguments(tensors: dict[str, Tensor], prefix: str, part: int | slice = slic
         for name, tensor in tensors.items()
         if name.startswith(f"{prefix}.")
     }
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder of trajectories.
-
-    Raises:
-        UserError: there is none, or it cannot be read.
-    """
-    try:
-        return Manifest.from_json((folder / MANIFEST).read_text("utf-8"))
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"{folder} is not a data set: no {MANIFEST} in it; `accvideo record` makes one") from error
-
-
-class TrajectoryFolder:
-    """A folder of trajectories as a data set; a small one stays in memory once read."""
-
-    def __init__(self, path: Path):
-        self.path = Path(path)
-        self.manifest = read_manifest(self.path)
-        sizes = {entry.name: entry.stat().st_size for entry in os.scandir(self.path)}
-        missing = [i for i in range(self.manifest.num_trajectories) if trajectory_name(i) not in sizes]
-        if missing:
-            raise UserError(
-                f"{path} lacks {len(missing)} of {self.manifest.num_trajectories} trajectories, the first is "
-                f"{trajectory_name(missing[0])}\nRun the same `accvideo record` again: it adds what is missing"
-            )
-        self._cache: dict[int, Trajectory] | None = {} if sum(sizes.values()) < CACHE_BYTES else None
-
-    def __len__(self) -> int:
-        return self.manifest.num_trajectories
-
-    def __getitem__(self, index: int) -> Trajectory:
-        """Trajectory `index`.
-
-        Raises:
-            UserError: its file is damaged, or belongs elsewhere.
-        """
-        if self._cache is not None and index in self._cache:
-            return self._cache[index]
-        trajectory = read_trajectory(self.path / trajectory_name(index))
-        if problem := misplaced(trajectory, index, self.manifest):
-            raise UserError(f"{self.path / trajectory_name(index)}: {problem}")
-        if self._cache is not None:
-            self._cache[index] = trajectory
-        return trajectory
-
-    def batches(
-        self, batch_size: int, seed: int, start: int = 0, indices: Sequence[int] | None = None
-    ) -> Iterator[TrajectoryBatch]:
-        """Batches without end: each epoch is a new permutation, and a batch may span two.
-
-        Batch number n depends on the arguments and n only, so a run resumes with `start`.
-
-        Args:
-            batch_size: trajectories a batch.
-            seed: of the permutations.
-            start: number of the first batch.
-            indices: the trajectories to draw from; all when None.
-        """
-        chosen = list(range(len(self)) if indices is None else indices)
-        epoch, order = -1, chosen
-        for batch in _count(start):
-            drawn = []
-            for position in range(batch * batch_size, (batch + 1) * batch_size):
-                if position // len(chosen) != epoch:
-                    epoch = position // len(chosen)
-                    order = [chosen[i] for i in _permutation(len(chosen), seed, epoch)]
-                drawn.append(self[order[position % len(chosen)]])
-            yield collate_trajectories(drawn)
-
-
-def _count(start: int) -> Iterator[int]:
-    while True:
-        yield start
-        start += 1
-
-
-def _permutation(length: int, seed: int, epoch: int) -> list[int]:
-    digest = hashlib.sha256(f"{seed}:{epoch}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return torch.randperm(length, generator=generator).tolist()
 
 
 def collate_trajectories(trajectories: Sequence[Trajectory]) -> TrajectoryBatch:
@@ -356,8 +303,8 @@ def misplaced(trajectory: Trajectory, index: int, manifest: Manifest) -> str | N
     """Why a whole file is not trajectory `index` of a data set, or None if it is."""
     if trajectory.index != index:
         return f"holds trajectory {trajectory.index}"
-    if trajectory.seed != manifest.seed:
-        return f"was recorded with seed {trajectory.seed}, not {manifest.seed}"
+    if trajectory.seed != (seed := manifest.seed_of(index)):
+        return f"was recorded with seed {trajectory.seed}, not {seed}"
     num_states, num_calls = manifest.num_student_steps + 1, manifest.num_student_steps
     if len(trajectory.states) != num_states or len(trajectory.calls) != num_calls:
         return (
@@ -368,33 +315,12 @@ def misplaced(trajectory: Trajectory, index: int, manifest: Manifest) -> str | N
     return None
 
 
-def verify(folder: Path) -> list[str]:
-    """All that is wrong with a data set, one line a problem, each naming its file; empty when it is whole."""
-    try:
-        manifest = read_manifest(folder)
-    except UserError as error:
-        return [str(error)]
-    problems, noises, shape = [], {}, None
-    names = [trajectory_name(index) for index in range(manifest.num_trajectories)]
-    for index, name in enumerate(names):
-        if not (folder / name).exists():
-            problems.append(f"{folder / name}: missing")
-            continue
-        try:
-            trajectory = read_trajectory(folder / name)
-        except UserError as error:
-            problems.append(str(error))
-            continue
-        shape = shape or trajectory.states.shape
-        noise = hashlib.sha256(trajectory.states[0].numpy().tobytes()).digest()
-        if problem := misplaced(trajectory, index, manifest):
-            problems.append(f"{folder / name}: {problem}")
-        elif trajectory.states.shape != shape:
-            problems.append(f"{folder / name}: states {list(trajectory.states.shape)}, the others {list(shape)}")
-        elif not trajectory.states.isfinite().all():
-            problems.append(f"{folder / name}: states that are not finite")
-        elif noise in noises:
-            problems.append(f"{folder / name}: starts from the same noise as {noises[noise]}")
-        noises.setdefault(noise, name)
-    strays = sorted(entry.name for entry in os.scandir(folder) if entry.name not in {*names, MANIFEST})
-    return problems + [f"{folder / name}: does not belong to the data set" for name in strays]
+MOVED = {"MANIFEST": "manifest", "read_manifest": "manifest", "TrajectoryFolder": "dataset", "verify": "verify"}
+
+
+def __getattr__(name: str) -> Any:  # until every import names the module that a thing moved to
+    if name not in MOVED:
+        raise AttributeError(name)
+    from importlib import import_module
+
+    return getattr(import_module(f"accvideo.{MOVED[name]}"), "problems" if name == "verify" else name)
