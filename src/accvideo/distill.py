@@ -57,8 +57,8 @@ class DistillConfig:
     `--preset paper` starts from the settings of the paper, `--preset playground` from what suits the embedded teacher.
     """
 
-    data: Positional[Path]
-    """Folder of trajectories that `accvideo record` made."""
+    data: Positional[str]
+    """Data set: a folder that `accvideo record` or `pack` made, or its address (https://, s3://, hf:// and others)."""
     out: Path
     """Folder for the student. The same command again goes on where a killed run stopped."""
     num_iterations: int = 400
@@ -138,7 +138,7 @@ class DistillConfig:
             )
 
 
-def paper(data: Path, out: Path) -> DistillConfig:
+def paper(data: str, out: Path) -> DistillConfig:
     """The paper's own settings (arXiv:2503.19462, section 5), for a teacher and a data set of its size."""
     return DistillConfig(
         data=data,
@@ -155,7 +155,7 @@ def paper(data: Path, out: Path) -> DistillConfig:
     )
 
 
-def playground(data: Path, out: Path) -> DistillConfig:
+def playground(data: str, out: Path) -> DistillConfig:
     """What did best on the playground's teacher with one or two hundred recorded trajectories and a few minutes."""
     return DistillConfig(
         data=data,
