@@ -485,7 +485,7 @@ def record_defaults(preset: Preset) -> RecordConfig:
     )
 
 
-def distill_defaults(preset: Preset, data: Path, out: Path) -> DistillConfig:
+def distill_defaults(preset: Preset, data: str, out: Path) -> DistillConfig:
     """What `accvideo distill` starts from: the paper's settings, with this teacher's feature layers."""
     return replace(paper(data, out), feature_layers=preset.feature_layers)
 
