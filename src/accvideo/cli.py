@@ -11,7 +11,12 @@ from typing import Annotated, Any, Literal
 COMMANDS = {
     "demo": ("accvideo.demo", "the whole loop on the embedded playground, in minutes on a laptop"),
     "record": ("accvideo.record", "run a teacher on prompts and keep its denoising trajectories"),
-    "verify": ("accvideo.verify", "check every file of a folder of trajectories"),
+    "verify": ("accvideo.verify", "check every file of a data set"),
+    "stats": ("accvideo.stats", "counts, sizes and figures of a data set"),
+    "merge": ("accvideo.merge", "make one data set of several recordings of a teacher"),
+    "repair": ("accvideo.repair", "record again what is damaged or missing, and nothing else"),
+    "pack": ("accvideo.pack", "pack a data set into tar shards for the Hub and object stores"),
+    "unpack": ("accvideo.pack", "unpack tar shards into a file for each trajectory"),
     "distill": ("accvideo.distill", "train a few-step student on recorded trajectories"),
     "generate": ("accvideo.generate", "make videos with a teacher or a student"),
     "export": ("accvideo.export", "write a student as a diffusers folder, a LoRA, or for ComfyUI"),

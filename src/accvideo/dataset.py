@@ -50,7 +50,8 @@ class Source:
         """Bytes of all trajectories; None if they are not known."""
         if self.index is not None:
             return sum(map(sum, self.index.sizes))
-        return None if self.sizes is None else sum(self.sizes.get(name, 0) for name in self.expected())
+        sizes = [] if self.sizes is None else [self.sizes.get(name, 0) for name in self.expected()]
+        return sum(sizes) if all(sizes) and sizes else None
 
     def expected(self) -> Iterator[str]:
         """Names of the files that trajectories lie in."""
@@ -144,8 +145,8 @@ class TrajectoryFolder:
                     f"{path} lacks {len(missing)} of {len(list(self.source.expected()))} {kind}, the first is "
                     f"{missing[0]}\n{remedy}: it adds what is missing"
                 )
-        size = self.source.num_bytes
-        self._cache: dict[int, Trajectory] | None = {} if size is not None and size < CACHE_BYTES else None
+        self._cache: dict[int, Trajectory] = {}
+        self._room = CACHE_BYTES if (self.source.num_bytes or 0) < CACHE_BYTES else 0
 
     def __len__(self) -> int:
         return self.manifest.num_trajectories
@@ -156,11 +157,15 @@ class TrajectoryFolder:
         Raises:
             UserError: its file is damaged, or belongs elsewhere.
         """
-        if self._cache is not None and index in self._cache:
-            return self._cache[index]
-        trajectory = self.source.read(index)
-        if self._cache is not None:
+        if (known := self._cache.get(index)) is not None:
+            return known
+        data = self.source.read_bytes(index)
+        trajectory = self.source.decode(data, index)
+        if self._room:
             self._cache[index] = trajectory
+            self._room = max(self._room - len(data), 0)
+            if not self._room:  # its size was not known
+                self._cache = {}
         return trajectory
 
     def batches(
