@@ -146,7 +146,7 @@ def test_image_conditions_are_stored(tmp_path):
     with watch(pipeline) as seen:
         pipeline(prompt=["red"], num_inference_steps=2, guidance_scale=1.0, output_type="latent", **arguments)
     manifest = replace(make_manifest(1), num_steps=2, keypoints=[0, 1, 2], sigmas=seen.sigmas)
-    (trajectory,) = stage.trajectories_of(seen, manifest, range(1), [Prompt("red")])
+    (trajectory,) = stage.trajectories_of(seen, manifest, range(1), [Prompt("red")], {})
     read = read_trajectory(write_trajectory(tmp_path, trajectory))
     for k, step in enumerate(seen.steps):
         assert torch.equal(replay(pipeline.transformer, read.calls[k], read.states[k : k + 1]), step.velocity)

@@ -1,5 +1,6 @@
 """Images and videos that a pipeline is called with: read where an argument names a file."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,29 @@ def check_media(arguments: Mapping[str, Any], folder: Path = Path()) -> None:
         for each in value if isinstance(value, list) else [value]:
             if (kind := medium(name, each)) is not None and not (folder / each).is_file():
                 raise UserError(f"cannot read the {kind} {folder / each}: there is no such file")
+
+
+def media_digests(arguments: Mapping[str, Any], folder: Path = Path()) -> dict[str, Any]:
+    """SHA-256 of each file that `load_media` would read, by argument; a list of them where the argument is one.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+
+    def digest(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            digests = [digest(name, each) for each in value]
+            return digests if any(digests) else None
+        if (kind := medium(name, value)) is None:
+            return None
+        try:
+            with (folder / value).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(f"cannot read the {kind} {folder / value}: {error.strerror}") from error
+
+    digests = {name: digest(name, value) for name, value in arguments.items()}
+    return {name: each for name, each in digests.items() if each}
 
 
 def medium(name: str, value: Any) -> str | None:

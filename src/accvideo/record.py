@@ -1,12 +1,14 @@
 """Stage 1: runs the teacher on prompts and keeps the key states and conditional calls of each run."""
 
 import difflib
+import hashlib
 import inspect
+import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,6 +16,8 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from diffusers import DiffusionPipeline
+from rich.progress import Progress
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from accvideo.call import flatten
@@ -29,7 +33,7 @@ from accvideo.command import (
     with_image,
 )
 from accvideo.flow import keypoint_indices
-from accvideo.media import check_media, load_media
+from accvideo.media import check_media, load_media, media_digests
 from accvideo.student import KeyPointScheduler, student_scheduler
 from accvideo.teacher import (
     Approach,
@@ -60,9 +64,12 @@ from accvideo.trajectory import (
     write_whole,
 )
 from accvideo.types import UserError
+from accvideo.workers import CLAIM, PARTIAL, BackgroundWriter, Claims, Place, find_place
 
 OWN_ARGUMENTS = ("prompt", "generator", "num_inference_steps", "output_type", "return_dict", "latents")
 """Arguments of a pipeline's call that the recorder sets itself."""
+POLL_SECONDS = 2.0
+"""Longest time between two looks at what other recorders are at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,72 +116,268 @@ class RecordConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the pipeline; states are stored in float32 in any case."""
     device: str = "auto"
-    """`auto` takes the accelerator if there is one."""
+    """`auto` takes the accelerator if there is one; under torchrun, srun or a SLURM array each worker its own."""
+    ray: bool = False
+    """Record with a pool of workers on Ray (`pip install 'accvideo[ray]'`), here or on the cluster that is set up."""
+    num_workers: int | None = None
+    """Of the pool on Ray, with a pipeline each; by default as many as accelerators, or processor cores without any."""
 
     def __post_init__(self) -> None:
         keypoint_indices(self.num_steps, self.num_student_steps)
-        for name in ("num_trajectories", "batch_size"):
+        if self.num_workers is not None and not self.ray:
+            raise UserError("--num-workers is for --ray; without it, start workers by torchrun, srun or by hand")
+        for name in ("num_trajectories", "batch_size", "num_workers"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"{name} is {value}: it must be at least 1")
 
 
 def record(config: RecordConfig) -> dict[str, Any]:
-    """Records a data set, or the rest of one, and returns a summary.
+    """Records a data set, or the rest of one, and returns a summary of what this process did.
+
+    Any number of processes may do so at once, on one machine or many that share the folder.
 
     Raises:
         UserError: whatever the user can mend; before the first denoiser call where it can be known by then.
     """
     started = time.perf_counter()
-    prompts = read_prompt_file(config.prompts)
-    check_folder(config.out)
-    pipeline = load_pipeline(config.teacher, getattr(torch, config.dtype), choose_device(config.device))
-    if config.shift is not None:
-        set_shift(pipeline, config.shift)
-    check_scheduler(pipeline)
-    defaults = pipeline_defaults(config.teacher)
-    arguments = call_arguments(pipeline, config, defaults)
-    prompts = with_image(prompts, config.image)
-    check_prompts(pipeline, prompts, config)
-    manifest, shared = make_manifest(pipeline, config, defaults, arguments, prompts)
-    manifest = open_folder(config.out, manifest)
+    if config.ray:
+        from accvideo.ray_workers import record_on_ray  # Ray is an extra
 
-    size = config.batch_size
-    wanted = [i for i in range(manifest.num_trajectories) if not is_recorded(config.out, i, manifest, prompts)]
-    blocks = sorted({index // size for index in wanted})
-    num_written, num_steps = 0, manifest.num_steps
-    with progress_bar() as progress:
-        bar = progress.add_task("denoising steps", total=len(blocks) * num_steps)
-        for done, block in enumerate(blocks):
-            items = range(block * size, (block + 1) * size)
-            with watch(
-                pipeline,
-                keep=manifest.keypoints[:-1],
-                on_step=lambda step, done=done: progress.update(bar, completed=done * num_steps + step),
-                shared=shared,
-            ) as seen:
-                run: Any = pipeline
-                run(
-                    num_inference_steps=config.num_steps,
-                    output_type="latent",
-                    **items_arguments(config, arguments, prompts, items),
-                )
-            trajectories = trajectories_of(seen, manifest, items, prompts)
-            if not manifest.denoiser_calls:  # the first of all: a pipeline that is refused leaves no data set
-                manifest = replace(manifest, denoiser_calls=seen.num_calls)
-                write_whole(config.out / MANIFEST, manifest.to_json().encode())
-            for trajectory in trajectories:
-                if trajectory.index in wanted:
-                    write_trajectory(config.out, trajectory)
-                    num_written += 1
+        return record_on_ray(config)
+    place = find_place(os.environ)
+    with Recorder(config, place) as recorder:
+        blocks = recorder.missing()
+        first = place.rank * len(blocks) // place.num_workers
+        with progress_bar(visible=place.local_rank == 0) as progress:
+            record_blocks(recorder, [*blocks[first:], *blocks[:first]], progress)
+    return summary(recorder, started)
+
+
+def record_blocks(recorder: "Recorder", blocks: Sequence["Block"], progress: Progress) -> None:
+    """Records blocks until all are there, by this recorder or by others."""
+    num_steps, waited, pending = recorder.manifest.num_steps, 0.0, dict.fromkeys(blocks)
+    bar = progress.add_task("denoising steps", total=len(blocks) * num_steps)
+    while pending:
+        before = len(pending)
+        for block in list(pending):
+            done = (len(blocks) - len(pending)) * num_steps
+            if recorder.record(block, lambda step, done=done: progress.update(bar, completed=done + step)):
+                del pending[block]
+        progress.update(bar, completed=(len(blocks) - len(pending)) * num_steps)
+        if len(pending) == before:  # others are at all of them; should one die, its block is taken over
+            if not waited:
+                progress.console.print(f"waiting for {len(pending)} blocks that other recorders are at")
+            time.sleep(waited := min(2 * waited + 0.05, POLL_SECONDS))
+
+
+def summary(recorder: "Recorder", started: float) -> dict[str, Any]:
+    """What a recorder has done since `started`, and what its folder holds."""
+    manifest, folder = recorder.manifest, recorder.config.out
     return {
-        "folder": str(config.out),
+        "folder": str(folder),
         "num_trajectories": manifest.num_trajectories,
-        "num_recorded": num_written,
-        "denoiser_calls": manifest.denoiser_calls * len(blocks) * size,
+        "num_recorded": recorder.num_recorded,
+        "denoiser_calls": manifest.denoiser_calls * recorder.num_blocks * manifest.batch_size,
         "nested_schedule": manifest.nested_schedule,
-        "bytes": sum(entry.stat().st_size for entry in os.scandir(config.out)),
+        "bytes": sum(entry.stat().st_size for entry in os.scandir(folder) if not entry.name.startswith(".")),
         "seconds": time.perf_counter() - started,
     }
+
+
+@dataclass(frozen=True)
+class Block:
+    """Trajectories that are denoised together, of which some are missing."""
+
+    number: int
+    """Block b holds the items `b * batch_size` up to `(b + 1) * batch_size`."""
+    damaged: tuple[int, ...] = ()
+    """Items whose files are there, but damaged."""
+
+
+class Recorder:
+    """A pipeline that records blocks of a data set into a folder, to which others may record at the same time."""
+
+    def __init__(self, config: RecordConfig, place: Place):
+        """Loads the pipeline and makes or joins the data set.
+
+        Raises:
+            UserError: whatever the user can mend.
+        """
+        self.config, self.place = config, place
+        prompts = read_prompt_file(config.prompts)
+        check_folder(config.out)
+        device = own_device(config.device, place)
+        self.pipeline = load_pipeline(config.teacher, getattr(torch, config.dtype), device)
+        if config.shift is not None:
+            set_shift(self.pipeline, config.shift)
+        check_scheduler(self.pipeline)
+        defaults = pipeline_defaults(config.teacher)
+        self.arguments = call_arguments(self.pipeline, config, defaults)
+        self.prompts = with_image(prompts, config.image)
+        check_prompts(self.pipeline, self.prompts, config)
+        manifest, self.shared = make_manifest(self.pipeline, config, defaults, self.arguments, self.prompts)
+        make_folder(config.out)
+        self.num_recorded = self.num_blocks = 0
+        self.writer, self.claims = BackgroundWriter(), Claims(config.out, identity(manifest))
+        try:
+            self.manifest = open_folder(config.out, manifest, self.claims)
+            self.claims.sweep()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Finishes what is being written and gives all claims back.
+
+        Raises:
+            UserError: something could not be written.
+        """
+        try:
+            self.writer.close()
+        finally:
+            self.claims.close()
+            self.claims.sweep()
+
+    def missing(self) -> list[Block]:
+        """The blocks of which a trajectory is missing or damaged.
+
+        Of all files that are there the header is read, and checksums of those that fall to this worker: of recorders
+        that are started together each reads its share.
+
+        Raises:
+            UserError: a file was recorded on another prompt, or with other arguments, images or videos.
+        """
+        size, found = self.config.batch_size, {}
+        present = {entry.name for entry in os.scandir(self.config.out)}
+        for index in range(self.manifest.num_trajectories):
+            block = index // size
+            own = block % self.place.num_workers == self.place.rank
+            if trajectory_name(index) not in present:
+                found.setdefault(block, [])
+            elif problem := self.check(index, whole=own):
+                print(f"warning: {problem}; recording it again", file=sys.stderr)
+                found.setdefault(block, []).append(index)
+        return [Block(number, tuple(damaged)) for number, damaged in found.items()]
+
+    def check(self, index: int, whole: bool) -> str | None:
+        """What is wrong with the file of a trajectory, or None.
+
+        Args:
+            index: of the trajectory.
+            whole: read all of it, not its header alone.
+
+        Raises:
+            UserError: the file cannot be read; or it was recorded on another prompt, or with other arguments, images or
+                videos.
+        """
+        path, prompt = self.config.out / trajectory_name(index), self.prompts[index % len(self.prompts)]
+        try:
+            if whole:
+                trajectory = read_trajectory(path)
+                if problem := misplaced(trajectory, index, self.manifest):
+                    return f"{path}: {problem}"
+                text, arguments, media = trajectory.prompt, trajectory.arguments, trajectory.media
+            else:
+                header = read_header(path)
+                text, arguments, media = header["prompt"], header["arguments"], None
+        except UserError as error:
+            if isinstance(error.__cause__, OSError):
+                raise
+            return str(error)
+        for old, new in ((text, prompt.text), (arguments, prompt.arguments)):
+            if old != new:
+                raise UserError(
+                    f"{path} was recorded on the prompt {shorten(old)}, the file of prompts now has {shorten(new)}\n"
+                    "Restore the file of prompts, or give another folder"
+                )
+        if media is not None and (now := self.media(prompt)) != media:
+            changed = sorted(name for name in media.keys() | now.keys() if media.get(name) != now.get(name))
+            file = {**self.arguments, **prompt.arguments}.get(changed[0])
+            raise UserError(
+                f"{path} was recorded with another {changed[0]} in {shorten(file)} than is there now\n"
+                "Restore that file, or give another folder"
+            )
+        return None
+
+    def media(self, prompt: Prompt) -> dict[str, Any]:
+        """SHA-256 of the images and videos that the pipeline is called with for a prompt."""
+        return media_digests(self.arguments) | media_digests(prompt.arguments, prompt.folder)
+
+    def record(self, block: Block, on_step: Callable[[int], None] | None = None) -> bool:
+        """Records what is missing of a block, unless another recorder is at it; says whether it is done.
+
+        It may still be waiting to be written when this returns: see `close`.
+
+        Args:
+            block: one of `missing`.
+            on_step: called with the number of denoising steps taken, after each.
+
+        Raises:
+            UserError: the pipeline cannot be a teacher, or something could not be written.
+        """
+        size, name = self.config.batch_size, f"block-{block.number}"
+        items = range(block.number * size, (block.number + 1) * size)
+
+        def wanted() -> list[int]:
+            absent = [i for i in items if not (self.config.out / trajectory_name(i)).exists()]
+            return [i for i in items if i < self.manifest.num_trajectories and (i in absent or i in block.damaged)]
+
+        if not wanted():
+            return True
+        if not self.claims.take(name):
+            return False
+        block = replace(block, damaged=tuple(i for i in block.damaged if self.check(i, whole=True)))
+        if not (now_wanted := wanted()):  # another has recorded it since
+            self.claims.release(name)
+            return True
+        media = self.media(self.prompts[items[0] % len(self.prompts)])  # with several items it is the same for all
+        with watch(self.pipeline, self.manifest.keypoints[:-1], on_step, self.shared) as seen:
+            run: Any = self.pipeline
+            run(
+                num_inference_steps=self.config.num_steps,
+                output_type="latent",
+                **items_arguments(self.config, self.arguments, self.prompts, items),
+            )
+        trajectories = trajectories_of(seen, self.manifest, items, self.prompts, media)
+        if not self.manifest.denoiser_calls:  # the first of all: a pipeline that is refused leaves no data set
+            manifest = replace(self.manifest, denoiser_calls=seen.num_calls)
+            self.manifest = open_folder(self.config.out, manifest, self.claims)
+        self.num_blocks += 1
+        self.writer.put(lambda: self._write(name, [trajectories[i - items[0]] for i in now_wanted]))
+        return True
+
+    def _write(self, claim: str, trajectories: Sequence[Trajectory]) -> None:
+        for trajectory in trajectories:
+            write_trajectory(self.config.out, trajectory, self.claims.writer)
+            self.num_recorded += 1
+        self.claims.release(claim)
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of a trajectory's file, without the tensors.
+
+    Raises:
+        UserError: the file is missing, truncated or no trajectory.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads(file.metadata()["accvideo"])
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: not a trajectory, or truncated") from error
+
+
+def own_device(name: str, place: Place) -> str:
+    """The device called `name`; of several accelerators, each worker of a machine has its own."""
+    device = choose_device(name)
+    return f"cuda:{place.local_rank % torch.cuda.device_count()}" if device == "cuda" else device
 
 
 def check_prompts(pipeline: DiffusionPipeline, prompts: Sequence[Prompt], config: RecordConfig) -> None:
@@ -236,63 +439,65 @@ def check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; give a new or empty folder")
     if folder.is_dir() and not (folder / MANIFEST).exists():
-        if others := sorted(each.name for each in folder.iterdir() if each.name != f".{MANIFEST}.tmp"):
-            raise UserError(f"{folder} holds something else ({others[0]}); give a new or empty folder")
+        names = sorted(each.name for each in folder.iterdir())
+        if others := [name for name in names if not (CLAIM.fullmatch(name) or PARTIAL.fullmatch(name))]:
+            if not (folder / MANIFEST).exists():  # nor has another recorder just begun
+                raise UserError(f"{folder} holds something else ({others[0]}); give a new or empty folder")
 
 
-def open_folder(folder: Path, manifest: Manifest) -> Manifest:
-    """Makes the folder, or checks that the data set in it is of the same configuration; returns its manifest.
-
-    A larger `num_trajectories` than before extends the data set.
+def make_folder(folder: Path) -> None:
+    """Makes a folder unless it is there.
 
     Raises:
-        UserError: the configurations differ.
+        UserError: it cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
-    if not (folder / MANIFEST).exists():
-        return manifest
-    old = read_manifest(folder)
-    if names := old.differences(manifest, ignore=("num_trajectories", "denoiser_calls", "versions")):
-        changes = (f"{name} {shorten(getattr(old, name))} -> {shorten(getattr(manifest, name))}" for name in names)
-        raise UserError(
-            f"{folder} holds a data set of another configuration: {', '.join(changes)}\n"
-            "Give another folder, or the configuration it was started with"
-        )
-    if old.num_trajectories > manifest.num_trajectories:
-        raise UserError(f"{folder} is for {old.num_trajectories} trajectories already; ask for as many or more")
-    if old.num_trajectories < manifest.num_trajectories:
-        old = replace(old, num_trajectories=manifest.num_trajectories)
-        write_whole(folder / MANIFEST, old.to_json().encode())
-    return old
 
 
-def is_recorded(folder: Path, index: int, manifest: Manifest, prompts: Sequence[Prompt]) -> bool:
-    """Whether the folder holds trajectory `index`, whole; says so on stderr if its file is damaged.
+NOT_IDENTITY = ("num_trajectories", "denoiser_calls", "versions")
+"""Fields of a manifest in which two recordings of one data set may differ."""
+
+
+def identity(manifest: Manifest) -> str:
+    """A hash that is equal for the manifests of recordings that may share a folder."""
+    fields = {name: value for name, value in asdict(manifest).items() if name not in NOT_IDENTITY}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def open_folder(folder: Path, manifest: Manifest, claims: Claims) -> Manifest:
+    """Joins the data set in the folder, if it is of the same configuration, or begins it; returns its manifest.
+
+    It begins with a manifest that says how many denoiser calls a trajectory takes; before, nothing is written. A larger
+    `num_trajectories` than before extends the data set.
 
     Raises:
-        UserError: it was recorded on another prompt, or with other arguments.
+        UserError: the configurations differ.
     """
-    path = folder / trajectory_name(index)
-    if not path.exists():
-        return False
-    try:
-        trajectory = read_trajectory(path)
-        if problem := misplaced(trajectory, index, manifest):
-            raise UserError(f"{path}: {problem}")
-    except UserError as error:
-        print(f"warning: {error}; recording it again", file=sys.stderr)
-        return False
-    prompt = prompts[index % len(prompts)]
-    for old, new in ((trajectory.prompt, prompt.text), (trajectory.arguments, prompt.arguments)):
-        if old != new:
+    with claims.alone("manifest"):
+        if not (folder / MANIFEST).exists():
+            if rivals := claims.rivals():
+                raise UserError(
+                    f"{rivals[0]} is recording another configuration into {folder}\nGive another folder, or stop it"
+                )
+            if manifest.denoiser_calls:
+                write_whole(folder / MANIFEST, manifest.to_json().encode(), claims.writer)
+            return manifest
+        old = read_manifest(folder)
+        if names := old.differences(manifest, ignore=NOT_IDENTITY):
+            changes = (f"{name} {shorten(getattr(old, name))} -> {shorten(getattr(manifest, name))}" for name in names)
             raise UserError(
-                f"{path} was recorded on the prompt {shorten(old)}, the file of prompts now has {shorten(new)}\n"
-                "Restore the file of prompts, or give another folder"
+                f"{folder} holds a data set of another configuration: {', '.join(changes)}\n"
+                "Give another folder, or the configuration it was started with"
             )
-    return True
+        if old.num_trajectories > manifest.num_trajectories:
+            raise UserError(f"{folder} is for {old.num_trajectories} trajectories already; ask for as many or more")
+        if old.num_trajectories < manifest.num_trajectories:
+            old = replace(old, num_trajectories=manifest.num_trajectories)
+            write_whole(folder / MANIFEST, old.to_json().encode(), claims.writer)
+        return old
 
 
 def call_arguments(pipeline: DiffusionPipeline, config: RecordConfig, defaults: dict[str, Any]) -> dict[str, Any]:
@@ -426,8 +631,10 @@ def is_nested(grid: Sequence[float], other: Sequence[float], tolerance: float) -
     return len(grid) == len(other) and all(abs(a - b) <= tolerance for a, b in zip(grid, other, strict=True))
 
 
-def trajectories_of(seen: Watch, manifest: Manifest, items: range, prompts: Sequence[Prompt]) -> list[Trajectory]:
-    """The trajectories of the items of one watched run."""
+def trajectories_of(
+    seen: Watch, manifest: Manifest, items: range, prompts: Sequence[Prompt], media: dict[str, Any]
+) -> list[Trajectory]:
+    """The trajectories of the items of one watched run, all with the same images and videos."""
     if seen.num_steps != manifest.num_steps or seen.final is None:
         raise UserError(f"the pipeline took {seen.num_steps} steps of {manifest.num_steps}; accvideo needs all of them")
     states = torch.stack([*(step.state for step in seen.steps), seen.final], dim=1)
@@ -440,6 +647,7 @@ def trajectories_of(seen: Watch, manifest: Manifest, items: range, prompts: Sequ
             calls=tuple(step.call.select(slice(row, row + 1)) for step in seen.steps),
             denoisers=tuple(step.denoiser for step in seen.steps),
             arguments=prompts[index % len(prompts)].arguments,
+            media=media,
         )
         for row, index in enumerate(items)
     ]
