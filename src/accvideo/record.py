@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,7 +34,9 @@ from accvideo.command import (
     with_image,
 )
 from accvideo.flow import keypoint_indices
+from accvideo.manifest import MANIFEST, Manifest, read_manifest
 from accvideo.media import check_media, load_media, media_digests
+from accvideo.schema import parse
 from accvideo.student import KeyPointScheduler, student_scheduler
 from accvideo.teacher import (
     Approach,
@@ -53,11 +56,9 @@ from accvideo.teacher import (
     watch,
 )
 from accvideo.trajectory import (
-    MANIFEST,
-    Manifest,
+    Header,
     Trajectory,
     misplaced,
-    read_manifest,
     read_trajectory,
     trajectory_name,
     write_trajectory,
@@ -141,7 +142,9 @@ def record(config: RecordConfig) -> dict[str, Any]:
     """
     started = time.perf_counter()
     if config.ray:
-        from accvideo.ray_workers import record_on_ray  # Ray is an extra
+        if find_spec("ray") is None:
+            raise UserError("--ray takes ray, which is not installed; pip install 'accvideo[ray]'")
+        from accvideo.ray_workers import record_on_ray
 
         return record_on_ray(config)
     place = find_place(os.environ)
@@ -150,7 +153,7 @@ def record(config: RecordConfig) -> dict[str, Any]:
         first = place.rank * len(blocks) // place.num_workers
         with progress_bar(visible=place.local_rank == 0) as progress:
             record_blocks(recorder, [*blocks[first:], *blocks[:first]], progress)
-    return summary(recorder, started)
+    return summary(config.out, recorder.manifest, recorder.num_recorded, recorder.num_blocks, started)
 
 
 def record_blocks(recorder: "Recorder", blocks: Sequence["Block"], progress: Progress) -> None:
@@ -170,14 +173,13 @@ def record_blocks(recorder: "Recorder", blocks: Sequence["Block"], progress: Pro
             time.sleep(waited := min(2 * waited + 0.05, POLL_SECONDS))
 
 
-def summary(recorder: "Recorder", started: float) -> dict[str, Any]:
-    """What a recorder has done since `started`, and what its folder holds."""
-    manifest, folder = recorder.manifest, recorder.config.out
+def summary(folder: Path, manifest: Manifest, num_recorded: int, num_blocks: int, started: float) -> dict[str, Any]:
+    """What a recording has done since `started`, and what the folder holds."""
     return {
         "folder": str(folder),
         "num_trajectories": manifest.num_trajectories,
-        "num_recorded": recorder.num_recorded,
-        "denoiser_calls": manifest.denoiser_calls * recorder.num_blocks * manifest.batch_size,
+        "num_recorded": num_recorded,
+        "denoiser_calls": manifest.denoiser_calls * num_blocks * manifest.batch_size,
         "nested_schedule": manifest.nested_schedule,
         "bytes": sum(entry.stat().st_size for entry in os.scandir(folder) if not entry.name.startswith(".")),
         "seconds": time.perf_counter() - started,
@@ -186,12 +188,14 @@ def summary(recorder: "Recorder", started: float) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Block:
-    """Trajectories that are denoised together, of which some are missing."""
+    """Items that are denoised together, and what there is to do for them."""
 
     number: int
     """Block b holds the items `b * batch_size` up to `(b + 1) * batch_size`."""
+    missing: tuple[int, ...] = ()
+    """Items without a file."""
     damaged: tuple[int, ...] = ()
-    """Items whose files are there, but damaged."""
+    """Items with a file that is damaged."""
 
 
 class Recorder:
@@ -253,17 +257,18 @@ class Recorder:
         Raises:
             UserError: a file was recorded on another prompt, or with other arguments, images or videos.
         """
-        size, found = self.config.batch_size, {}
+        found: dict[int, Block] = {}
         present = {entry.name for entry in os.scandir(self.config.out)}
         for index in range(self.manifest.num_trajectories):
-            block = index // size
-            own = block % self.place.num_workers == self.place.rank
+            number = index // self.config.batch_size
+            block = found.get(number, Block(number))
+            own = number % self.place.num_workers == self.place.rank
             if trajectory_name(index) not in present:
-                found.setdefault(block, [])
+                found[number] = replace(block, missing=(*block.missing, index))
             elif problem := self.check(index, whole=own):
                 print(f"warning: {problem}; recording it again", file=sys.stderr)
-                found.setdefault(block, []).append(index)
-        return [Block(number, tuple(damaged)) for number, damaged in found.items()]
+                found[number] = replace(block, damaged=(*block.damaged, index))
+        return list(found.values())
 
     def check(self, index: int, whole: bool) -> str | None:
         """What is wrong with the file of a trajectory, or None.
@@ -285,7 +290,7 @@ class Recorder:
                 text, arguments, media = trajectory.prompt, trajectory.arguments, trajectory.media
             else:
                 header = read_header(path)
-                text, arguments, media = header["prompt"], header["arguments"], None
+                text, arguments, media = header.prompt, header.arguments, None
         except UserError as error:
             if isinstance(error.__cause__, OSError):
                 raise
@@ -321,21 +326,17 @@ class Recorder:
         Raises:
             UserError: the pipeline cannot be a teacher, or something could not be written.
         """
-        size, name = self.config.batch_size, f"block-{block.number}"
-        items = range(block.number * size, (block.number + 1) * size)
-
-        def wanted() -> list[int]:
-            absent = [i for i in items if not (self.config.out / trajectory_name(i)).exists()]
-            return [i for i in items if i < self.manifest.num_trajectories and (i in absent or i in block.damaged)]
-
-        if not wanted():
+        if not block.damaged and not self._absent(block):
             return True
+        name = f"block-{block.number}"
         if not self.claims.take(name):
             return False
-        block = replace(block, damaged=tuple(i for i in block.damaged if self.check(i, whole=True)))
-        if not (now_wanted := wanted()):  # another has recorded it since
+        wanted = [*self._absent(block), *(index for index in block.damaged if self.check(index, whole=True))]
+        if not wanted:  # another has recorded it since
             self.claims.release(name)
             return True
+        size = self.config.batch_size
+        items = range(block.number * size, (block.number + 1) * size)
         media = self.media(self.prompts[items[0] % len(self.prompts)])  # with several items it is the same for all
         with watch(self.pipeline, self.manifest.keypoints[:-1], on_step, self.shared) as seen:
             run: Any = self.pipeline
@@ -349,8 +350,11 @@ class Recorder:
             manifest = replace(self.manifest, denoiser_calls=seen.num_calls)
             self.manifest = open_folder(self.config.out, manifest, self.claims)
         self.num_blocks += 1
-        self.writer.put(lambda: self._write(name, [trajectories[i - items[0]] for i in now_wanted]))
+        self.writer.put(lambda: self._write(name, [trajectories[index - items[0]] for index in wanted]))
         return True
+
+    def _absent(self, block: Block) -> list[int]:
+        return [index for index in block.missing if not (self.config.out / trajectory_name(index)).exists()]
 
     def _write(self, claim: str, trajectories: Sequence[Trajectory]) -> None:
         for trajectory in trajectories:
@@ -359,7 +363,7 @@ class Recorder:
         self.claims.release(claim)
 
 
-def read_header(path: Path) -> dict[str, Any]:
+def read_header(path: Path) -> Header:
     """The header of a trajectory's file, without the tensors.
 
     Raises:
@@ -367,10 +371,10 @@ def read_header(path: Path) -> dict[str, Any]:
     """
     try:
         with safe_open(path, "pt") as file:
-            return json.loads(file.metadata()["accvideo"])
+            return parse(Header, file.metadata()["accvideo"])
     except OSError as error:
         raise UserError(f"cannot read {path}: {error}") from error
-    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a trajectory, or truncated") from error
 
 
