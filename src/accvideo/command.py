@@ -36,7 +36,8 @@ def read_prompt_file(path: Path) -> list[Prompt]:
 
     A file ending in .csv has a first line that names its columns, one ending in .jsonl has an object a line; `prompt`
     is one of the names, any other is an argument of the call. The names of images and videos are relative to the
-    file's folder. Any other file is plain text, one prompt a line.
+    file's folder. Any other file is plain text, one prompt a line. Prompts may be of any length and script; control
+    characters in them are kept, and of these only the ends of lines end one.
 
     Raises:
         UserError: there are no prompts, or the file is not of that form.
@@ -46,14 +47,16 @@ def read_prompt_file(path: Path) -> list[Prompt]:
         text = path.read_text("utf-8-sig")
     except (OSError, UnicodeError) as error:
         raise UserError(f"cannot read the prompts {path}: {error}; {form}") from error
+    lines = text.split("\n")  # not `splitlines`, which also splits at form feeds and Unicode's own separators
     if path.suffix.lower() == ".csv":
+        csv.field_size_limit(max(len(text), 1))
         table = [{name: _cell(name, cell) for name, cell in row.items()} for row in csv.DictReader(io.StringIO(text))]
         rows = [(f"row {number}", row) for number, row in enumerate(table, 1)]
     elif path.suffix.lower() == ".jsonl":
-        rows = [(f"line {number}", _json_row(path, number, line)) for number, line in enumerate(text.splitlines(), 1)
+        rows = [(f"line {number}", _json_row(path, number, line)) for number, line in enumerate(lines, 1)
                 if line.strip()]  # fmt: skip
     else:
-        rows = [("", {"prompt": line.strip()}) for line in text.splitlines() if line.strip()]
+        rows = [("", {"prompt": line.strip()}) for line in lines if line.strip()]
     if not rows:
         raise UserError(f"{path} holds no prompts; {form}")
     return [_prompt(path, place, row) for place, row in rows]
@@ -73,7 +76,7 @@ def _json_row(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         if isinstance(row := json.loads(line), dict):
             return row
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     raise UserError(f'{path}, line {number}: not a JSON object; write {{"prompt": "a red square", "image": "a.png"}}')
 
@@ -82,10 +85,14 @@ def _prompt(path: Path, place: str, row: dict[Any, Any]) -> Prompt:
     """The prompt of a row; an empty cell is an argument not given.
 
     Raises:
-        UserError: the row has no prompt, or more cells than there are columns.
+        UserError: the row has no prompt or a broken one, or more cells than there are columns.
     """
     if not isinstance(text := row.get("prompt"), str) or not text.strip():
         raise UserError(f"{path}, {place}: no `prompt`; the columns here are {', '.join(map(str, row))}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{path}, {place}: half of a character, {text[error.start]!r}; write it as UTF-8") from error
     if None in row:
         raise UserError(f'{path}, {place}: more cells than columns; write a cell with a comma in it in "quotes"')
     arguments = {name: value for name, value in row.items() if name != "prompt" and value not in (None, "")}
