@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 COMMANDS = {
     "demo": ("accvideo.demo", "the whole loop on the embedded playground, in minutes on a laptop"),
+    "prompts": ("accvideo.prompts", "gather prompts from tables or captions of videos, without duplicates, split"),
     "record": ("accvideo.record", "run a teacher on prompts and keep its denoising trajectories"),
     "verify": ("accvideo.verify", "check every file of a data set"),
     "stats": ("accvideo.stats", "counts, sizes and figures of a data set"),

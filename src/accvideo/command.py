@@ -50,7 +50,7 @@ def read_prompt_file(path: Path) -> list[Prompt]:
     lines = text.split("\n")  # not `splitlines`, which also splits at form feeds and Unicode's own separators
     if path.suffix.lower() == ".csv":
         csv.field_size_limit(max(len(text), 1))
-        table = [{name: _cell(name, cell) for name, cell in row.items()} for row in csv.DictReader(io.StringIO(text))]
+        table = [{name: cell_value(name, cell) for name, cell in row.items()} for row in csv.DictReader(io.StringIO(text))]
         rows = [(f"row {number}", row) for number, row in enumerate(table, 1)]
     elif path.suffix.lower() == ".jsonl":
         rows = [(f"line {number}", _json_row(path, number, line)) for number, line in enumerate(lines, 1)
@@ -62,7 +62,7 @@ def read_prompt_file(path: Path) -> list[Prompt]:
     return [_prompt(path, place, row) for place, row in rows]
 
 
-def _cell(name: str | None, text: Any) -> Any:
+def cell_value(name: str | None, text: Any) -> Any:
     """A number, true or list where the text of a cell is one; prompts stay text."""
     if name is None or "prompt" in name:
         return text

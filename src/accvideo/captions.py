@@ -1,0 +1,182 @@
+"""Captions of videos by a vision-language model, as AccVideo's own prompts were (arXiv:2503.19462, section 4.1)."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import torch
+from PIL import Image
+
+from accvideo.command import choose_device, progress_bar
+from accvideo.media import VIDEO_SUFFIXES
+from accvideo.types import UserError
+
+
+@dataclass(frozen=True)
+class CaptionConfig:
+    """What a caption depends on beside the video."""
+
+    model: str
+    """Folder or hub id of an image- or video-text-to-text model of transformers, with a chat template."""
+    instruction: str
+    num_frames: int
+    max_new_tokens: int
+
+
+def caption_folder(
+    folder: Path, config: CaptionConfig, record: Path, device: str, skip_bad: bool
+) -> tuple[dict[str, str], list[str]]:
+    """Caption every video below a folder.
+
+    Args:
+        folder: of the videos.
+        config: the settings.
+        record: file of captions made so far, by these or other settings; each new one is added to it at once, so that
+            the same call goes on where a killed one stopped.
+        device: torch device of the model, or "auto".
+        skip_bad: leave out videos that cannot be read.
+
+    Returns:
+        Captions by the video's name in the folder, in order of the names; and what is wrong with the videos left out.
+
+    Raises:
+        UserError: there are no videos, one cannot be read, or the model cannot be loaded.
+    """
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())
+    if not paths:
+        raise UserError(f"{folder} holds no videos; their names end in one of {', '.join(VIDEO_SUFFIXES)}")
+    keys = {
+        path: {"video": str(path.relative_to(folder)), "bytes": path.stat().st_size, **asdict(config)} for path in paths
+    }
+    known = {json.dumps(line["of"]): line["caption"] for line in read_captions(record)}
+    waiting, bad = [], []
+    for path in paths:
+        if json.dumps(keys[path]) in known:
+            continue
+        try:
+            waiting.append((path, count_frames(path)))
+        except UserError as error:
+            bad.append(str(error))
+    if bad and not skip_bad:
+        raise UserError(f"{bad[0]}\nMend or remove it, or leave such videos out with --skip-bad")
+    if waiting:
+        captioner = Captioner(config, choose_device(device))
+        record.parent.mkdir(parents=True, exist_ok=True)
+        with record.open("a", encoding="utf-8") as file, progress_bar() as progress:
+            task = progress.add_task("caption", total=len(paths), completed=len(paths) - len(waiting))
+            for path, total in waiting:
+                try:
+                    frames = spread_frames(path, total, config.num_frames)
+                except UserError as error:  # damaged further on
+                    if not skip_bad:
+                        raise
+                    bad.append(str(error))
+                    continue
+                caption = captioner(frames)
+                known[json.dumps(keys[path])] = caption
+                file.write(json.dumps({"of": keys[path], "caption": caption}) + "\n")
+                file.flush()
+                progress.advance(task)
+    captions = {path: known.get(json.dumps(keys[path])) for path in paths}
+    return {keys[path]["video"]: text for path, text in captions.items() if text is not None}, bad
+
+
+def read_captions(record: Path) -> list[dict[str, Any]]:
+    """The lines of a file of captions; one that was cut short is removed from it.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if not record.exists():
+        return []
+    whole, newline, rest = record.read_text("utf-8").rpartition("\n")
+    if rest:
+        record.write_text(whole + newline, "utf-8")
+    try:
+        lines = [json.loads(line) for line in whole.split("\n") if line]
+        return [{"of": line["of"], "caption": line["caption"]} for line in lines]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{record} is no file of captions that accvideo made; move it away") from error
+
+
+class Captioner:
+    """A vision-language model with its processor.
+
+    Frames go in as so many images, in order: all models that know videos know images too.
+
+    Args:
+        config: the settings.
+        device: torch device.
+
+    Raises:
+        UserError: the model cannot be loaded, or cannot chat.
+    """
+
+    def __init__(self, config: CaptionConfig, device: str) -> None:
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        try:
+            self.processor: Any = AutoProcessor.from_pretrained(config.model)
+            model: Any = AutoModelForImageTextToText.from_pretrained(config.model, dtype=dtype, use_safetensors=True)
+        except (OSError, ValueError, ImportError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"cannot load {config.model}: {reason}\n"
+                "Give a folder or hub id of an image-text-to-text or video-text-to-text model of transformers"
+            ) from error
+        if getattr(self.processor, "chat_template", None) is None:
+            raise UserError(f"{config.model} has no chat template, so it takes no instruction; give another --model")
+        self.model = model.to(device).eval()
+        self.config = config
+
+    @torch.inference_mode()
+    def __call__(self, frames: Sequence[Image.Image]) -> str:
+        """The caption of a video by the likeliest words."""
+        content: list[dict[str, Any]] = [{"type": "image", "image": frame} for frame in frames]
+        content.append({"type": "text", "text": self.config.instruction})
+        inputs = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        ).to(self.model.device, dtype=self.model.dtype)
+        tokens = self.model.generate(**inputs, max_new_tokens=self.config.max_new_tokens, do_sample=False)
+        return self.processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def count_frames(path: Path) -> int:
+    """Number of frames of a video, by its packets: nothing is decoded but the first frame.
+
+    Raises:
+        UserError: it cannot be read, or has none.
+    """
+    try:
+        with av.open(str(path)) as container:
+            next(container.decode(video=0))
+        with av.open(str(path)) as container:
+            return sum(packet.size > 0 for packet in container.demux(video=0))
+    except (OSError, IndexError, StopIteration, av.FFmpegError) as error:
+        raise UserError(f"cannot read the video {path}: {str(error) or 'no frames'}") from error
+
+
+def spread_frames(path: Path, total: int, num_frames: int) -> list[Image.Image]:
+    """Frames of a video of `total` frames in RGB: the middles of `num_frames` parts of equal length; all, if so few.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    wanted = sorted({int((i + 0.5) * total / num_frames) for i in range(num_frames)})
+    try:
+        with av.open(str(path)) as container:
+            container.streams.video[0].thread_type = "AUTO"
+            frames = [frame.to_image() for i, frame in enumerate(container.decode(video=0)) if i in wanted]
+    except (OSError, IndexError, av.FFmpegError) as error:
+        raise UserError(f"cannot read the video {path}: {error}") from error
+    if not frames:
+        raise UserError(f"cannot read the video {path}: it has fewer frames than it says")
+    return frames
