@@ -56,6 +56,7 @@ def pack(config: PackConfig) -> dict[str, Any]:
         for shard in range(len(index.sizes)):
             with (folder / shard_name(shard)).open("wb") as file:
                 file.writelines(archive(index, shard, contents))
+        next(contents, None)  # the progress is complete
         (folder / INDEX).write_text(index.to_json(), "utf-8")
         (folder / MANIFEST).write_text(source.manifest.to_json(), "utf-8")
     return {

@@ -93,6 +93,8 @@ class LocalStorage:
                 return file.read(size)
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}") from error
+        except RuntimeError as error:  # before Python 3.13
+            raise UserError(f"{path}: a link to itself") from error
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ def encode_trajectory(trajectory: Trajectory) -> bytes:
     ):
         for name, first in groups[0].items():
             values = [each[name] for each in groups]
-            if all(torch.equal(value, first) for value in values):
+            if all(same_bits(value, first) for value in values):
                 tensors[f"{once}.{name}"] = first.cpu()
             else:
                 tensors[f"{varying}.{name}"] = join(values).cpu()
@@ -177,6 +177,13 @@ def encode_trajectory(trajectory: Trajectory) -> bytes:
 
 def _rows(call: DenoiserCall) -> dict[str, Tensor]:
     return call.tensors if call.condition is None else call.tensors | {"hidden_states": call.condition}
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal, signs of zeros included."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    return torch.equal(*(each.contiguous().view(-1).view(torch.uint8) for each in (one, other)))
 
 
 def narrow(states: Tensor) -> Tensor:
