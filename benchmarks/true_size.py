@@ -27,6 +27,7 @@ from torch import Tensor
 from accvideo.call import DenoiserCall, replay
 from accvideo.distill import DistillConfig, start_training, train
 from accvideo.flow import euler_step, shifted_sigmas
+from accvideo.networks import Network
 from accvideo.plan import (
     GPUS,
     Gpu,
@@ -40,7 +41,7 @@ from accvideo.plan import (
     video_seconds,
     whole,
 )
-from accvideo.presets import PRESETS, Network, Preset, find_preset
+from accvideo.presets import PRESETS, Preset, find_preset
 from accvideo.trajectory import TrajectoryBatch
 
 GENERATED = ("wan21-t2v-1.3b", "hunyuan-544p")
@@ -64,7 +65,6 @@ def tiny(preset: Preset) -> Preset:
         num_frames=5,
         denoiser=shallow(preset.denoiser, num_attention_heads=2),
         text_encoders=tuple(map(shallow, preset.text_encoders)),
-        feature_layers=(2, 1),
     )
 
 

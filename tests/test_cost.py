@@ -6,7 +6,7 @@ from diffusers import WanTransformer3DModel
 from torch import nn
 
 from accvideo.cost import Cost, at_depth, measure
-from accvideo.presets import Network
+from accvideo.networks import Network
 
 WIDTH, HEADS, FFN, TEXT_WIDTH, TEXT_TOKENS, FREQUENCIES, CHANNELS = 48, 2, 96, 20, 7, 32, 4
 

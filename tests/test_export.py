@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from diffusers import DiffusionPipeline, HunyuanVideoTransformer3DModel, WanTran
 from diffusers.loaders import lora_conversion_utils, lora_pipeline, single_file_utils
 from huggingface_hub import ModelCard
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from accvideo.export import ExportConfig, export
@@ -237,25 +236,14 @@ def with_width(function: Any, width: int) -> Any:
 def test_the_comfyui_file_loaded_by_diffusers_makes_the_same_frames(
     students: dict[str, Path], generated: dict[str, Clip], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """Diffusers converts the original layout of LoRAs itself; stacked q, k and v come apart again.
-
-    Not so in HunyuanVideo's token refiner, whose LoRA diffusers' conversion takes apart wrongly: it is left out here.
-    """
+    """Diffusers converts the original layout of LoRAs itself; stacked q, k and v come apart again."""
     convert = with_width(lora_conversion_utils._convert_hunyuan_video_lora_to_diffusers, HUNYUAN_WIDTH)
     monkeypatch.setattr(lora_pipeline, "_convert_hunyuan_video_lora_to_diffusers", convert)
-    latents = {}
-    for target in ("comfyui", "lora"):
-        export(ExportConfig(student=str(students[name]), to=target, out=tmp_path / target))
-        for path in (tmp_path / target).glob("*.safetensors"):
-            tensors = load_file(path)
-            refiner = [key for key in tensors if re.search(r"refiner.*(self_attn_qkv|attn\.to_[qkv])", key)]
-            assert bool(refiner) == ("hunyuan" in name)
-            save_file({key: tensor for key, tensor in tensors.items() if key not in refiner}, path)
-            assert target == "lora" or all(key.startswith("diffusion_model.") for key in tensors)
-        guidance = 6.0 if "hunyuan" in name else 1.0
-        latents[target] = load_lora(students[name], tmp_path / target, CASES[name].call, guidance)
-    assert torch.allclose(latents["comfyui"], latents["lora"], atol=1e-5)
-    assert "hunyuan" in name or torch.equal(latents["lora"], generated[name].latents)
+    export(ExportConfig(student=str(students[name]), to="comfyui", out=tmp_path / "lora"))
+    for path in (tmp_path / "lora").glob("*.safetensors"):
+        assert all(key.startswith("diffusion_model.") for key in load_file(path))
+    latents = load_lora(students[name], tmp_path / "lora", CASES[name].call, 6.0 if "hunyuan" in name else 1.0)
+    assert torch.allclose(latents, generated[name].latents, atol=1e-5)
 
 
 def comfyui_lora_keys(original: dict[str, Tensor]) -> dict[str, str]:
@@ -301,7 +289,7 @@ def test_the_comfyui_file_added_to_the_original_weights_is_the_student(
         if rank is None or min(before.shape) <= rank:
             assert torch.allclose(before + change, after, atol=2e-5), module
             covered += 1
-    assert covered > 20
+    assert covered >= 20
     left = {key for key in originals[0] if key not in {keys[module] for module in modules}}
     linear_left = [key for key in left if originals[0][key].ndim == 2 and key.endswith(".weight")]
     assert name.endswith("lora") or not linear_left
@@ -541,7 +529,8 @@ def run_card(folder: Path, student: Path, monkeypatch: pytest.MonkeyPatch) -> np
         code = code.replace(before, after)
     code = code.replace("bfloat16", "float32").replace('.to("cuda")', '.to("cpu")').replace("a prompt", PROMPT)
     code = code.replace("frames = pipeline(", "frames = pipeline(output_type='np', generator=generator, prompt=")
-    shown: list[Any] = []  # writing the file takes imageio, which the tests do without
+    assert "imageio imageio-ffmpeg`" in (folder / "README.md").read_text()
+    shown: list[Any] = []  # writing the file takes these two, which the tests do without
     monkeypatch.setattr(diffusers.utils, "export_to_video", lambda frames, path, fps: shown.append((frames, path, fps)))
     exec(compile(code, "README.md", "exec"), {"generator": torch.Generator().manual_seed(noise_seed())})
     [(frames, path, fps)] = shown

@@ -23,6 +23,7 @@ from diffusers import (
     SkyReelsV2DiffusionForcingPipeline,
     WanPipeline,
 )
+from peft.tuners.lora import LoraLayer
 
 import accvideo.record as stage
 from accvideo.call import replay
@@ -31,6 +32,7 @@ from accvideo.flow import euler_step
 from accvideo.generate import load_model, sample_clips, with_arguments
 from accvideo.media import load_media
 from accvideo.record import RecordConfig, record
+from accvideo.student import add_lora
 from accvideo.teacher import denoisers, fingerprint
 from accvideo.trajectory import TrajectoryFolder, verify
 from accvideo.types import UserError
@@ -167,6 +169,43 @@ def test_the_table_is_complete():
     works = {name for name, (works, _) in TABLE.items() if works == "yes"}
     assert works == {family.pipeline_class.__name__ for family in FAMILIES.values()}
     assert all(why for works, why in TABLE.values() if works == "no")
+
+
+ADAPTED = (
+    {f"attn{n}.to_{part}" for n in ("", 1, 2) for part in ("q", "k", "v", "out.0", "add_out")}
+    | {f"attn{n}.add_{part}_proj" for n in ("", 1, 2) for part in "qkv"}
+    | {f"{ff}.net.{layer}" for ff in ("ff", "ffn", "ff_context") for layer in ("0.proj", "2")}
+    | {
+        f"{kind}_attention.{part}"
+        for kind in ("self", "cross")
+        for part in ("to_query", "to_key", "to_value", "out_layer")
+    }
+    | {"feed_forward.in_layer", "feed_forward.out_layer"}  # Kandinsky
+    | {"proj_mlp", "proj_out", "proj_in"}  # single blocks; VACE
+)
+"""Linear layers of blocks, without the block's name, that a LoRA adapts."""
+
+NOT_ADAPTED = {
+    *(f"norm{n}.linear{m}" for n in ("", 1, 2, 3) for m in ("", "_1", "_2")),
+    *("norm1_context.linear", "norm1_context.linear_1", "text_modulation.out_layer", "visual_modulation.out_layer"),
+}
+"""The others: scales and shifts from the timestep."""
+
+BLOCK = re.compile(r"((single_|text_|visual_)?transformer_blocks|(vace_)?blocks)\.\d+\.")
+
+
+def test_a_lora_adapts_attention_and_feed_forward_of_the_blocks_and_nothing_else(family):
+    for denoiser in denoisers(family.make()).values():
+        if not family.has_lora:
+            with pytest.raises(UserError, match="no adapters"):
+                add_lora(denoiser, 2)
+            return
+        linear = {path for path, module in denoiser.named_modules() if isinstance(module, torch.nn.Linear)}
+        in_blocks = {path: path[match.end() :] for path in linear if (match := BLOCK.match(path))}
+        assert set(in_blocks.values()) <= ADAPTED | NOT_ADAPTED
+        add_lora(denoiser, 2)
+        found = {path for path, module in denoiser.named_modules() if isinstance(module, LoraLayer)}
+        assert found == {path for path, layer in in_blocks.items() if layer in ADAPTED} != set()
 
 
 REASONS = {

@@ -10,6 +10,7 @@ from torch.optim import AdamW
 
 from accvideo import cli
 from accvideo.cost import measure
+from accvideo.networks import Network
 from accvideo.plan import (
     ATTENTION_SHARE,
     BASE_BYTES,
@@ -33,7 +34,7 @@ from accvideo.plan import (
     video_seconds,
     whole,
 )
-from accvideo.presets import PRESETS, Network, Preset, meta
+from accvideo.presets import PRESETS, Preset, meta
 from accvideo.student import Student
 from accvideo.trajectory import trajectory_name
 from accvideo.types import UserError

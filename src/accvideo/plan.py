@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from tyro.conf import Positional
 
 from accvideo.call import denoiser_blocks, replay
@@ -21,8 +21,9 @@ from accvideo.cost import Cost, at_depth, measure, metered
 from accvideo.discriminator import Discriminator
 from accvideo.distill import paper
 from accvideo.losses import ADVERSARIAL_LOSSES
-from accvideo.presets import Network, Preset, find_preset, meta
-from accvideo.student import Student
+from accvideo.networks import Network
+from accvideo.presets import Preset, find_preset, meta
+from accvideo.student import Student, adapted_layers
 from accvideo.training import paired_loss, student_step
 from accvideo.trajectory import TrajectoryBatch
 from accvideo.types import UserError
@@ -106,7 +107,7 @@ class Sizes:
     block: int
     """Of the largest repeated block."""
     lora: int
-    """Of a LoRA of rank 1 on every linear layer of the blocks."""
+    """Of a LoRA of rank 1."""
     encoders: int
     """Of the text encoders and the image encoder."""
     vae: int
@@ -149,16 +150,12 @@ def num_parameters(network: nn.Module) -> int:
 def count_parameters(preset: Preset) -> Sizes:
     """The parameters of a preset's networks."""
     denoiser = preset.denoiser.build()
-    blocks, number = denoiser_blocks(denoiser), preset.num_denoisers
-
-    def linear(module: nn.Module) -> list[Tensor]:
-        return [each.weight for each in module.modules() if isinstance(each, nn.Linear)]
-
+    linear, number = [each for each in denoiser.modules() if isinstance(each, nn.Linear)], preset.num_denoisers
     return Sizes(
         denoiser=number * num_parameters(denoiser),
-        linear=number * sum(weight.numel() for weight in linear(denoiser)),
-        block=max(map(num_parameters, blocks)),
-        lora=number * sum(sum(weight.shape) for block in blocks for weight in linear(block)),
+        linear=number * sum(layer.weight.numel() for layer in linear),
+        block=max(map(num_parameters, denoiser_blocks(denoiser))),
+        lora=number * sum(sum(layer.weight.shape) for layer in adapted_layers(denoiser).values()),
         encoders=sum(num_parameters(encoder.build()) for encoder in encoders(preset)),
         vae=num_parameters(preset.vae.build()),
     )

@@ -2,9 +2,7 @@
 
 Sizes, steps, guidance and shift are the ones the authors of a teacher generate with; steps of the student, key points
 and training settings are those of AccVideo (arXiv:2503.19462 and its released code) where it made a student of that
-teacher, and follow them by analogy where it did not. Network configurations are those of the released folders, as
-diffusers' conversion scripts (`scripts/convert_*_to_diffusers.py`) write them; entries at a class's default are left
-out unless they tell the models of a family apart.
+teacher, and follow them by analogy where it did not.
 """
 
 import json
@@ -13,46 +11,28 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import diffusers
 import torch
-import transformers
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 
 from accvideo import distill
 from accvideo.call import DenoiserCall
 from accvideo.distill import DistillConfig, paper
+from accvideo.networks import (
+    CLIP_H_VISION,
+    CLIP_L,
+    HUNYUAN_VIDEO,
+    LLAMA_8B,
+    LTX,
+    MOCHI,
+    T5_XXL,
+    UMT5_XXL,
+    WAN_14B,
+    WAN_22_VAE,
+    Network,
+)
 from accvideo.record import RecordConfig
 from accvideo.types import UserError
-
-
-@dataclass(frozen=True)
-class Network:
-    """A network's class and configuration; no weights."""
-
-    class_name: str
-    """Of diffusers or transformers."""
-    config: dict[str, Any] = field(default_factory=dict)
-    """What differs from the class's defaults."""
-    depth: tuple[str, ...] = ()
-    """The entries of `config` that count its repeated blocks."""
-
-    def build(self, device: str = "meta", **changes: Any) -> nn.Module:
-        """The network in bfloat16 with random weights; on the meta device it has shapes and no memory.
-
-        Args:
-            device: where it is made.
-            changes: of the configuration.
-        """
-        config = self.config | changes
-        with torch.device(device):
-            if hasattr(diffusers, self.class_name):
-                network = getattr(diffusers, self.class_name)(**config)
-            else:
-                network_class = getattr(transformers, self.class_name)
-                network = network_class(network_class.config_class(**config))
-        return nn.Module.to(network, torch.bfloat16).eval().requires_grad_(False)
-
 
 Guidance = Literal["embedded", "second call", "doubled batch"]
 """How a teacher is guided: by an input of its denoiser, by a second call a step, or by a batch of two."""
@@ -88,8 +68,6 @@ class Preset:
     """Of the scheduler's noise levels; None: the pipeline computes its own."""
     pipeline_args: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the pipeline's call."""
-    feature_layers: tuple[int, int]
-    """Blocks (from 1) that the discriminator looks at: where noise is left, and at the video."""
     denoiser: Network
     num_denoisers: int = 1
     """2 where one denoiser takes the noisy steps and another of the same shape the others."""
@@ -108,6 +86,12 @@ class Preset:
 
     def __post_init__(self) -> None:
         self.check_size(self.height, self.width, self.num_frames)
+
+    @property
+    def feature_layers(self) -> tuple[int, int]:
+        """Blocks (from 1) that the discriminator looks at: the last where noise is left, at the video one at 2/3."""
+        depth = sum(self.denoiser.config[entry] for entry in self.denoiser.depth)
+        return depth, round(depth * 2 / 3)
 
     @property
     def calls_per_step(self) -> int:
@@ -214,61 +198,6 @@ CALLS: dict[str, Callable[[Preset], DenoiserCall]] = {
 """What a pipeline tells its denoiser, by the denoiser's class."""
 
 
-UMT5_XXL = Network(
-    "UMT5EncoderModel",
-    {
-        "vocab_size": 256384,
-        "d_model": 4096,
-        "d_kv": 64,
-        "d_ff": 10240,
-        "num_layers": 24,
-        "num_heads": 64,
-        "feed_forward_proj": "gated-gelu",
-    },
-)
-"""google/umt5-xxl."""
-
-T5_XXL = Network("T5EncoderModel", UMT5_XXL.config | {"vocab_size": 32128})
-"""google/t5-v1_1-xxl."""
-
-LLAMA_8B = Network(
-    "LlamaModel",
-    {
-        "vocab_size": 128320,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
-)
-"""The language model of xtuner/llava-llama-3-8b-v1_1-transformers."""
-
-CLIP_L = Network(
-    "CLIPTextModel",
-    {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
-)
-"""The text half of openai/clip-vit-large-patch14."""
-
-CLIP_H_VISION = Network(
-    "CLIPVisionModelWithProjection",
-    {
-        "hidden_size": 1280,
-        "intermediate_size": 5120,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 16,
-        "patch_size": 14,
-        "projection_dim": 1024,
-    },
-)
-"""The image half of laion/CLIP-ViT-H-14-laion2B-s32B-b79K."""
-
-WAN_14B = Network(
-    "WanTransformer3DModel",
-    {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40, "out_channels": 16},
-    depth=("num_layers",),
-)
-
 WAN_NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
     "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
@@ -290,12 +219,7 @@ HUNYUAN_544P = Preset(
     guidance_scale=6.0,
     guidance="embedded",
     shift=7.0,
-    feature_layers=(60, 40),
-    denoiser=Network(
-        "HunyuanVideoTransformer3DModel",
-        {"num_layers": 20, "num_single_layers": 40, "num_attention_heads": 24, "attention_head_dim": 128},
-        depth=("num_layers", "num_single_layers"),
-    ),
+    denoiser=HUNYUAN_VIDEO,
     vae=Network("AutoencoderKLHunyuanVideo"),
     vae_tiling=True,
     text_encoders=(LLAMA_8B, CLIP_L),
@@ -319,7 +243,6 @@ WAN21_T2V_14B = Preset(
     guidance="second call",
     shift=5.0,
     pipeline_args={"negative_prompt": WAN_NEGATIVE_PROMPT},
-    feature_layers=(40, 27),
     denoiser=WAN_14B,
     vae=Network("AutoencoderKLWan"),
     vae_streams=True,
@@ -339,10 +262,7 @@ PRESETS: dict[str, Preset] = {
         teacher="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
         guidance_scale=6.0,
         shift=8.0,
-        feature_layers=(30, 20),
-        denoiser=replace(
-            WAN_14B, config=WAN_14B.config | {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
-        ),
+        denoiser=WAN_14B.but(num_attention_heads=12, ffn_dim=8960, num_layers=30),
     ),
     # AccVideo-WanX-I2V-480P-14B's teacher: 40 steps.
     "wan21-i2v-14b": replace(
@@ -351,9 +271,7 @@ PRESETS: dict[str, Preset] = {
         pipeline_class="WanImageToVideoPipeline",
         num_steps=40,
         shift=3.0,
-        denoiser=replace(
-            WAN_14B, config=WAN_14B.config | {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
-        ),
+        denoiser=WAN_14B.but(in_channels=36, image_dim=1280, added_kv_proj_dim=5120),
         image_encoder=CLIP_H_VISION,
     ),
     # `wan/configs/wan_t2v_A14B.py`: guidance 4 for the expert of the noisy steps, 3 for the other.
@@ -377,34 +295,9 @@ PRESETS: dict[str, Preset] = {
         num_frames=121,
         fps=24,
         space_stride=16,
-        feature_layers=(30, 20),
-        denoiser=replace(
-            WAN_14B,
-            config={
-                "num_attention_heads": 24,
-                "attention_head_dim": 128,
-                "ffn_dim": 14336,
-                "num_layers": 30,
-                "in_channels": 48,
-                "out_channels": 48,
-            },
-        ),
+        denoiser=WAN_14B.but(num_attention_heads=24, ffn_dim=14336, num_layers=30, in_channels=48, out_channels=48),
         timestep_per_token=True,
-        vae=Network(
-            "AutoencoderKLWan",
-            {
-                "base_dim": 160,
-                "decoder_base_dim": 256,
-                "z_dim": 48,
-                "is_residual": True,
-                "in_channels": 12,
-                "out_channels": 12,
-                "patch_size": 2,
-                "scale_factor_spatial": 16,
-                "latents_mean": [0.0] * 48,  # the released ones shift and scale, and cost the same
-                "latents_std": [1.0] * 48,
-            },
-        ),
+        vae=WAN_22_VAE,
     ),
     # The pipeline's own defaults and the model card's negative prompt; it computes its shift from the size.
     "ltx": Preset(
@@ -423,8 +316,7 @@ PRESETS: dict[str, Preset] = {
         guidance="doubled batch",
         shift=None,
         pipeline_args={"negative_prompt": "worst quality, inconsistent motion, blurry, jittery, distorted"},
-        feature_layers=(28, 19),
-        denoiser=Network("LTXVideoTransformer3DModel", {"num_layers": 28, "out_channels": 128}, depth=("num_layers",)),
+        denoiser=LTX,
         vae=Network("AutoencoderKLLTXVideo"),
         text_encoders=(T5_XXL,),
         num_text_tokens=128,
@@ -445,8 +337,7 @@ PRESETS: dict[str, Preset] = {
         guidance_scale=4.5,
         guidance="doubled batch",
         shift=None,
-        feature_layers=(48, 32),
-        denoiser=Network("MochiTransformer3DModel", {"num_layers": 48, "out_channels": 12}, depth=("num_layers",)),
+        denoiser=MOCHI,
         vae=Network("AutoencoderKLMochi"),
         text_encoders=(T5_XXL,),
         num_text_tokens=256,

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
@@ -53,10 +54,11 @@ class Student(nn.Module):
 
     Args:
         denoisers: the teacher's denoisers by their names in its pipeline; changed in place.
-        lora_rank: rank of the adapters on every linear layer of the blocks; None trains all weights.
+        lora_rank: rank of the adapters on attention and feed-forward layers of the blocks; None trains all weights.
         arithmetic: makes the context that the denoisers run in, such as bfloat16 autocast.
         keep_teacher: whether `teacher_features` will be asked for.
         gradient_checkpointing: keep only the blocks' inputs for the backward pass, and compute the rest again.
+        shard: spreads weights over processes; called with the blocks of every denoiser, then with itself.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Student(nn.Module):
         arithmetic: Callable[[], AbstractContextManager[None]] = nullcontext,
         keep_teacher: bool = True,
         gradient_checkpointing: bool = False,
+        shard: Callable[[nn.Module], None] | None = None,
     ) -> None:
         super().__init__()
         for denoiser in denoisers.values():
@@ -77,9 +80,16 @@ class Student(nn.Module):
         self.denoisers = nn.ModuleDict(denoisers)
         for denoiser in denoisers.values():
             if lora_rank is None:
-                denoiser.requires_grad_(True).float()
+                denoiser.requires_grad_(True)
             else:
                 add_lora(denoiser, lora_rank)
+        for model in dict.fromkeys([*self.teachers.values(), *denoisers.values()]):
+            # One by one, so that no large model is whole in float32 before it is spread.
+            for module in [*(denoiser_blocks(model) if shard else []), model]:
+                if lora_rank is None and model in denoisers.values():
+                    module.float()
+                if shard is not None:
+                    shard(module)
         self.adapters = [module for module in self.modules() if isinstance(module, BaseTunerLayer)]
         self.arithmetic = arithmetic
         if gradient_checkpointing:
@@ -118,7 +128,7 @@ class Student(nn.Module):
 
 
 def add_lora(denoiser: Any, rank: int) -> None:
-    """Add float32 adapters of this rank, zero at the start, to every linear layer of the denoiser's blocks.
+    """Add float32 adapters of this rank, zero at the start, to the attention and feed-forward layers of the blocks.
 
     Hu et al. 2021, arXiv:2106.09685, with alpha equal to the rank.
 
@@ -127,17 +137,32 @@ def add_lora(denoiser: Any, rank: int) -> None:
     """
     if not issubclass(type(denoiser), PeftAdapterMixin):  # `isinstance` would take the type checker's Any away
         raise UserError(f"diffusers gives {type(denoiser).__name__} no adapters: train all its weights, with --full")
-    names = {
-        name for block in denoiser_blocks(denoiser) for name, module in block.named_modules()
-        if isinstance(module, nn.Linear)
-    }  # fmt: skip
-    denoiser.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(names)))
+    # A pattern of whole names: names in a list peft takes for endings, and finds HunyuanVideo's `proj_out` and token
+    # refiner by them too.
+    names = [re.escape(name) for name in adapted_layers(denoiser)]
+    numbered = {re.sub(r"\\\.\d+\\\.", lambda _: r"\.\d+\.", name, count=1) for name in names}
+    denoiser.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules="|".join(sorted(numbered))))
     for parameter in denoiser.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     layers: list[Any] = [module for module in denoiser.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
         layer.forward = partial(adapted, layer)
+
+
+def adapted_layers(denoiser: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers of a denoiser's blocks that a LoRA adapts, by name: attention and feed-forward.
+
+    Not those that make scales and shifts of the timestep (`norm1.linear`, `visual_modulation.out_layer`): they do not
+    see the video, and a quarter of HunyuanVideo's adapters would be theirs.
+    """
+    blocks = set(denoiser_blocks(denoiser))
+    places = tuple(f"{name}." for name, module in denoiser.named_modules() if module in blocks)
+    return {
+        name: module
+        for name, module in denoiser.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith(places) and not re.search("norm|modulation", name)
+    }
 
 
 def adapted(layer: Any, hidden: Tensor) -> Tensor:
