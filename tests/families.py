@@ -66,8 +66,6 @@ from PIL import Image
 from transformers import (
     ByT5Tokenizer,
     CLIPImageProcessor,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
@@ -91,10 +89,17 @@ from transformers import (
 )
 
 from tests.tiny import (
+    BLOCK_WIDTHS,
+    HUNYUAN_SIZES,
+    LANGUAGE,
     LETTERS,
     TEXT_WIDTH,
     TINY_CALL,
     TINY_HUNYUAN_CALL,
+    VISION,
+    WAN_SIZES,
+    clip_vision,
+    clip_vision_config,
     flow_scheduler,
     quiet,
     t5_tokenizer,
@@ -142,14 +147,6 @@ def write_media(folder: Path) -> None:
     first.save(folder / "video.gif", save_all=True, append_images=others, duration=60)
 
 
-def clip_vision() -> tuple[Any, Any]:
-    """An image encoder of width 16, with the processor of its images."""
-    config = CLIPVisionConfig(
-        hidden_size=16, projection_dim=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16
-    )
-    return CLIPVisionModelWithProjection(config).eval(), CLIPImageProcessor(size=32, crop_size=32)
-
-
 def wan_parts(scheduler: str = "euler") -> dict[str, Any]:
     """What the pipelines of Wan's kind have in common."""
     torch.manual_seed(0)
@@ -174,18 +171,7 @@ def wan_ti2v_image() -> WanImageToVideoPipeline:
 def wan_vace() -> WanVACEPipeline:
     """Wan 2.1 VACE: a control branch."""
     parts = wan_parts()
-    transformer = WanVACETransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=TEXT_WIDTH,
-        freq_dim=32,
-        ffn_dim=32,
-        num_layers=2,
-        vace_layers=[0, 1],
-        vace_in_channels=2 * 4 + 64,
-    )
+    transformer = WanVACETransformer3DModel(**WAN_SIZES, vace_layers=[0, 1], vace_in_channels=2 * 4 + 64)
     return quiet(WanVACEPipeline(**parts, transformer=transformer.eval()))
 
 
@@ -201,18 +187,7 @@ def lucy() -> LucyEditPipeline:
 
 def skyreels_transformer(in_channels: int = 4, image_dim: int | None = None) -> SkyReelsV2Transformer3DModel:
     """Width 24, 2 blocks."""
-    model = SkyReelsV2Transformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=in_channels,
-        out_channels=4,
-        text_dim=TEXT_WIDTH,
-        freq_dim=32,
-        ffn_dim=32,
-        num_layers=2,
-        image_dim=image_dim,
-    )
-    return model.eval()
+    return SkyReelsV2Transformer3DModel(**WAN_SIZES | {"in_channels": in_channels, "image_dim": image_dim}).eval()
 
 
 def skyreels() -> SkyReelsV2Pipeline:
@@ -222,50 +197,21 @@ def skyreels() -> SkyReelsV2Pipeline:
 
 def skyreels_image() -> SkyReelsV2ImageToVideoPipeline:
     """SkyReels V2 I2V."""
-    parts = wan_parts("unipc")
-    encoder, processor = clip_vision()
     transformer = skyreels_transformer(in_channels=12, image_dim=16)
-    return quiet(
-        SkyReelsV2ImageToVideoPipeline(
-            **parts, transformer=transformer, image_encoder=encoder, image_processor=processor
-        )
-    )
+    return quiet(SkyReelsV2ImageToVideoPipeline(**wan_parts("unipc"), **clip_vision(), transformer=transformer))
 
 
 def chronoedit() -> ChronoEditPipeline:
     """ChronoEdit: the image to edit is the first of the frames."""
-    parts = wan_parts()
-    encoder, processor = clip_vision()
-    transformer = ChronoEditTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=12,
-        out_channels=4,
-        text_dim=TEXT_WIDTH,
-        freq_dim=32,
-        ffn_dim=32,
-        num_layers=2,
-        image_dim=16,
-    )
-    return quiet(
-        ChronoEditPipeline(**parts, transformer=transformer.eval(), image_encoder=encoder, image_processor=processor)
-    )
+    parts = wan_parts() | clip_vision()
+    transformer = ChronoEditTransformer3DModel(**WAN_SIZES | {"in_channels": 12, "image_dim": 16})
+    return quiet(ChronoEditPipeline(**parts, transformer=transformer.eval()))
 
 
 def anyflow() -> AnyFlowPipeline:
     """AnyFlow, asked for velocities at a point (not for means over steps)."""
     parts: dict[str, Any] = wan_parts() | {"scheduler": FlowMapEulerDiscreteScheduler()}
-    transformer = AnyFlowTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=TEXT_WIDTH,
-        freq_dim=32,
-        ffn_dim=32,
-        num_layers=2,
-    )
-    return quiet(AnyFlowPipeline(**parts, transformer=transformer.eval()))
+    return quiet(AnyFlowPipeline(**parts, transformer=AnyFlowTransformer3DModel(**WAN_SIZES).eval()))
 
 
 def hunyuan_parts() -> dict[str, Any]:
@@ -275,38 +221,17 @@ def hunyuan_parts() -> dict[str, Any]:
 
 def hunyuan_transformer(in_channels: int = 4, **settings: Any) -> HunyuanVideoTransformer3DModel:
     """Width 20, 1 double and 1 single block."""
-    model = HunyuanVideoTransformer3DModel(
-        in_channels=in_channels,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=10,
-        num_layers=1,
-        num_single_layers=1,
-        num_refiner_layers=1,
-        text_embed_dim=TEXT_WIDTH,
-        pooled_projection_dim=8,
-        rope_axes_dim=(2, 4, 4),
-        **settings,
-    )
-    return model.eval()
+    return HunyuanVideoTransformer3DModel(**HUNYUAN_SIZES | {"in_channels": in_channels} | settings).eval()
 
 
 def hunyuan_image(condition: str) -> HunyuanVideoImageToVideoPipeline:
     """HunyuanVideo I2V; the image is put in place of a frame (token_replace) or is further channels (latent_concat)."""
     parts = hunyuan_parts()
-    text = LlamaConfig(
-        vocab_size=len(LETTERS) + 5,
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        pad_token_id=2,
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=16, projection_dim=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16
-    )
     llava = LlavaConfig(
-        text_config=text, vision_config=vision, image_token_index=len(LETTERS) + 4, vision_feature_layer=-1
+        text_config=LlamaConfig(vocab_size=len(LETTERS) + 5, num_hidden_layers=3, pad_token_id=2, **LANGUAGE),
+        vision_config=clip_vision_config(),
+        image_token_index=len(LETTERS) + 4,
+        vision_feature_layer=-1,
     )
     llava.pad_token_id = 2  # read by the pipeline
     transformer = hunyuan_transformer(
@@ -339,13 +264,7 @@ def sana_parts() -> dict[str, Any]:
     """What Sana-Video's two pipelines have in common."""
     torch.manual_seed(0)
     gemma = Gemma2Config(
-        vocab_size=len(LETTERS) + 5,
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=8,
+        vocab_size=len(LETTERS) + 5, num_hidden_layers=1, num_key_value_heads=2, head_dim=8, **LANGUAGE
     )
     transformer = SanaVideoTransformer3DModel(
         in_channels=4,
@@ -388,15 +307,21 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
 
 def qwen_text_config() -> dict[str, Any]:
     """Width 16, 3 layers."""
-    return {
-        "vocab_size": len(LETTERS) + 8,
-        "hidden_size": TEXT_WIDTH,
-        "intermediate_size": 16,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
-    }
+    rope = {"type": "mrope", "mrope_section": [1, 1, 2]}
+    own = {"vocab_size": len(LETTERS) + 8, "num_hidden_layers": 3, "num_key_value_heads": 2, "rope_scaling": rope}
+    return own | LANGUAGE
+
+
+def qwen_vision_config() -> dict[str, Any]:
+    """Width 16, 1 layer."""
+    return {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": TEXT_WIDTH}
+
+
+def siglip() -> dict[str, Any]:
+    """An image encoder of one layer and the processor of its images, by the names of the pipelines' components."""
+    config = SiglipVisionConfig(intermediate_size=16, num_hidden_layers=1, **VISION)
+    processor = SiglipImageProcessor(size={"height": 32, "width": 32})
+    return {"image_encoder": SiglipVisionModel(config).eval(), "feature_extractor": processor}
 
 
 def hunyuan_15_parts(**settings: Any) -> dict[str, Any]:
@@ -442,23 +367,13 @@ def hunyuan_15() -> HunyuanVideo15Pipeline:
 
 def hunyuan_15_image() -> HunyuanVideo15ImageToVideoPipeline:
     """HunyuanVideo 1.5 I2V."""
-    vision = SiglipVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16
-    )
-    return quiet(
-        HunyuanVideo15ImageToVideoPipeline(
-            **hunyuan_15_parts(task_type="i2v"),
-            image_encoder=SiglipVisionModel(vision).eval(),
-            feature_extractor=SiglipImageProcessor(size={"height": 32, "width": 32}),
-        )
-    )
+    return quiet(HunyuanVideo15ImageToVideoPipeline(**hunyuan_15_parts(task_type="i2v"), **siglip()))
 
 
 def kandinsky_parts(visual_cond: bool) -> dict[str, Any]:
     """What Kandinsky 5's two video pipelines have in common."""
     parts = hunyuan_parts()
-    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": TEXT_WIDTH}
-    qwen = Qwen2_5_VLConfig(text_config=qwen_text_config(), vision_config=vision)
+    qwen = Qwen2_5_VLConfig(text_config=qwen_text_config(), vision_config=qwen_vision_config())
     transformer = Kandinsky5Transformer3DModel(
         in_visual_dim=4,
         out_visual_dim=4,
@@ -494,25 +409,17 @@ def motif_parts() -> dict[str, Any]:
     torch.manual_seed(0)
     text = {
         "vocab_size": len(LETTERS) + 5,
-        "hidden_size": TEXT_WIDTH,
-        "intermediate_size": 16,
         "num_hidden_layers": 1,
-        "num_attention_heads": 2,
         "num_key_value_heads": 2,
         "head_dim": 8,
         "dropout_rate": 0.0,
         "attention_dropout": 0.0,
     }
-    vision = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 32,
-        "patch_size": 16,
-    }
     encoder = T5Gemma2EncoderConfig(
-        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=len(LETTERS) + 4
+        text_config=text | LANGUAGE,
+        vision_config=VISION | {"intermediate_size": 16, "num_hidden_layers": 1},
+        mm_tokens_per_image=4,
+        image_token_index=len(LETTERS) + 4,
     )
     transformer = MotifVideoTransformer3DModel(
         in_channels=9,
@@ -563,7 +470,7 @@ def easyanimate() -> EasyAnimatePipeline:
         text_embed_dim=TEXT_WIDTH,
         add_noise_in_inpaint_model=False,
     )
-    vae = AutoencoderKLMagvit(latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=2)
+    vae = AutoencoderKLMagvit(latent_channels=4, block_out_channels=BLOCK_WIDTHS, layers_per_block=1, norm_num_groups=2)
     return quiet(
         EasyAnimatePipeline(
             vae=vae.eval(),
@@ -577,19 +484,9 @@ def easyanimate() -> EasyAnimatePipeline:
 
 def wan_animate() -> WanAnimatePipeline:
     """Wan 2.2 Animate: a pose and a face video, here in one segment."""
-    parts = wan_parts()
-    encoder, processor = clip_vision()
     transformer = WanAnimateTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=12,
+        **WAN_SIZES | {"in_channels": 12, "image_dim": 16},
         latent_channels=4,
-        out_channels=4,
-        text_dim=TEXT_WIDTH,
-        freq_dim=32,
-        ffn_dim=32,
-        num_layers=2,
-        image_dim=16,
         motion_encoder_channel_sizes={"4": 8, "8": 8, "16": 8},
         motion_encoder_size=16,
         motion_style_dim=8,
@@ -599,40 +496,15 @@ def wan_animate() -> WanAnimatePipeline:
         face_encoder_num_heads=2,
         inject_face_latents_blocks=2,
     )
-    return quiet(
-        WanAnimatePipeline(**parts, transformer=transformer.eval(), image_encoder=encoder, image_processor=processor)
-    )
+    return quiet(WanAnimatePipeline(**wan_parts(), **clip_vision(), transformer=transformer.eval()))
 
 
 def framepack() -> HunyuanVideoFramepackPipeline:
     """FramePack: frames before the ones denoised are arguments; here in one section."""
-    parts = hunyuan_parts()
-    vision = SiglipVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16
-    )
     transformer = HunyuanVideoFramepackTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=10,
-        num_layers=1,
-        num_single_layers=1,
-        num_refiner_layers=1,
-        text_embed_dim=TEXT_WIDTH,
-        pooled_projection_dim=8,
-        rope_axes_dim=(2, 4, 4),
-        has_image_proj=True,
-        image_proj_dim=16,
-        has_clean_x_embedder=True,
+        **HUNYUAN_SIZES, has_image_proj=True, image_proj_dim=16, has_clean_x_embedder=True
     )
-    return quiet(
-        HunyuanVideoFramepackPipeline(
-            **parts,
-            transformer=transformer.eval(),
-            image_encoder=SiglipVisionModel(vision).eval(),
-            feature_extractor=SiglipImageProcessor(size={"height": 32, "width": 32}),
-        )
-    )
+    return quiet(HunyuanVideoFramepackPipeline(**hunyuan_parts(), **siglip(), transformer=transformer.eval()))
 
 
 class Guardrail:
@@ -667,8 +539,7 @@ def stand_in_torchvision() -> SimpleNamespace:
 def cosmos() -> Cosmos2_5_PredictBasePipeline:
     """Cosmos-Predict 2.5: from text, an image or a video; the given frames are put in place of the state's."""
     parts = wan_parts("unipc")
-    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": TEXT_WIDTH}
-    qwen = Qwen2_5_VLConfig(text_config=qwen_text_config(), vision_config=vision)
+    qwen = Qwen2_5_VLConfig(text_config=qwen_text_config(), vision_config=qwen_vision_config())
     transformer = CosmosTransformer3DModel(
         in_channels=5,
         out_channels=4,
@@ -690,17 +561,7 @@ def cosmos() -> Cosmos2_5_PredictBasePipeline:
 def helios() -> HeliosPipeline:
     """Helios: the frames before the ones denoised are arguments; here in one chunk."""
     parts: dict[str, Any] = wan_parts() | {"scheduler": HeliosScheduler(scheduler_type="euler", stages=1)}
-    transformer = HeliosTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=TEXT_WIDTH,
-        freq_dim=32,
-        ffn_dim=32,
-        num_layers=2,
-        rope_dim=(4, 4, 4),
-    )
+    transformer = HeliosTransformer3DModel(**WAN_SIZES, rope_dim=(4, 4, 4))
     return quiet(HeliosPipeline(**parts, transformer=transformer.eval()))
 
 

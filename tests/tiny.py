@@ -54,6 +54,52 @@ TINY_HUNYUAN_CALL: dict[str, Any] = {**TINY_CALL, "prompt_template": {"template"
 LETTERS = string.ascii_letters + string.digits + string.punctuation
 TEXT_WIDTH = 16
 
+WAN_SIZES: dict[str, Any] = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": TEXT_WIDTH,
+    "freq_dim": 32,
+    "ffn_dim": 32,
+    "num_layers": 2,
+}
+"""Of a denoiser of Wan's kind: width 24, 2 blocks."""
+
+HUNYUAN_SIZES: dict[str, Any] = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 10,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "num_refiner_layers": 1,
+    "text_embed_dim": TEXT_WIDTH,
+    "pooled_projection_dim": 8,
+    "rope_axes_dim": (2, 4, 4),
+}
+"""Of a denoiser of HunyuanVideo's kind: width 20, 1 double and 1 single block."""
+
+LANGUAGE: dict[str, Any] = {"hidden_size": TEXT_WIDTH, "intermediate_size": 16, "num_attention_heads": 2}
+"""Of a language model."""
+
+VISION: dict[str, Any] = {"hidden_size": 16, "num_attention_heads": 2, "image_size": 32, "patch_size": 16}
+"""Of an image encoder: 4 tokens an image."""
+
+BLOCK_WIDTHS: Any = (8, 8, 8, 8)
+"""Of a VAE."""
+
+
+def clip_vision_config() -> CLIPVisionConfig:
+    """Two layers."""
+    return CLIPVisionConfig(projection_dim=16, num_hidden_layers=2, **VISION)
+
+
+def clip_vision() -> dict[str, Any]:
+    """An image encoder and the processor of its images, by the names of Wan's components."""
+    encoder = CLIPVisionModelWithProjection(clip_vision_config()).eval()
+    return {"image_encoder": encoder, "image_processor": CLIPImageProcessor(size=32, crop_size=32)}
+
 
 def t5_tokenizer() -> T5TokenizerFast:
     """One token a character."""
@@ -100,19 +146,8 @@ def wan_vae() -> AutoencoderKLWan:
 
 def wan_transformer(in_channels: int = 4, image_dim: int | None = None, num_layers: int = 3) -> WanTransformer3DModel:
     """Width 24, `num_layers` blocks, 4 output channels."""
-    model = WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=in_channels,
-        out_channels=4,
-        text_dim=TEXT_WIDTH,
-        freq_dim=32,
-        ffn_dim=32,
-        num_layers=num_layers,
-        image_dim=image_dim,
-    )
-    return model.eval()
+    changes = {"in_channels": in_channels, "image_dim": image_dim, "num_layers": num_layers}
+    return WanTransformer3DModel(**WAN_SIZES | changes).eval()
 
 
 def umt5_encoder() -> UMT5EncoderModel:
@@ -153,17 +188,13 @@ def tiny_wan_pipeline(scheduler: str = "euler", seed: int = 0, experts: int = 1)
 def tiny_wan_i2v_pipeline(scheduler: str = "unipc", seed: int = 0) -> WanImageToVideoPipeline:
     """Wan 2.1 I2V with its CLIP image encoder; call it with `image=tiny_image()`."""
     torch.manual_seed(seed)
-    vision = CLIPVisionConfig(
-        hidden_size=16, projection_dim=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16
-    )
     pipeline = WanImageToVideoPipeline(
         tokenizer=t5_tokenizer(),
         text_encoder=umt5_encoder(),
         vae=wan_vae(),
         scheduler=flow_scheduler(scheduler),
         transformer=wan_transformer(in_channels=4 + 4 + 4, image_dim=16),
-        image_encoder=CLIPVisionModelWithProjection(vision).eval(),
-        image_processor=CLIPImageProcessor(size=32, crop_size=32),
+        **clip_vision(),
     )
     return quiet(pipeline)
 
@@ -171,18 +202,7 @@ def tiny_wan_i2v_pipeline(scheduler: str = "unipc", seed: int = 0) -> WanImageTo
 def tiny_hunyuan_pipeline(seed: int = 0) -> HunyuanVideoPipeline:
     """HunyuanVideo T2V: embedded guidance, Llama and CLIP text encoders, 2 double and 2 single blocks."""
     torch.manual_seed(seed)
-    transformer = HunyuanVideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=10,
-        num_layers=2,
-        num_single_layers=2,
-        num_refiner_layers=1,
-        text_embed_dim=TEXT_WIDTH,
-        pooled_projection_dim=8,
-        rope_axes_dim=(2, 4, 4),
-    )
+    transformer = HunyuanVideoTransformer3DModel(**HUNYUAN_SIZES | {"num_layers": 2, "num_single_layers": 2})
     vae = AutoencoderKLHunyuanVideo(
         latent_channels=4,
         block_out_channels=(4, 4, 4, 4),
@@ -190,13 +210,7 @@ def tiny_hunyuan_pipeline(seed: int = 0) -> HunyuanVideoPipeline:
         norm_num_groups=2,
         mid_block_add_attention=False,
     )
-    llama = LlamaConfig(
-        vocab_size=len(LETTERS) + 4,
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-    )
+    llama = LlamaConfig(vocab_size=len(LETTERS) + 4, num_hidden_layers=2, **LANGUAGE)
     clip = CLIPTextConfig(
         vocab_size=2 * len(LETTERS) + 2,
         hidden_size=8,
@@ -233,8 +247,8 @@ def tiny_ltx_pipeline(seed: int = 0) -> LTXPipeline:
     )
     vae = AutoencoderKLLTXVideo(
         latent_channels=4,
-        block_out_channels=(8, 8, 8, 8),
-        decoder_block_out_channels=(8, 8, 8, 8),
+        block_out_channels=BLOCK_WIDTHS,
+        decoder_block_out_channels=BLOCK_WIDTHS,
         layers_per_block=(1, 1, 1, 1, 1),
         decoder_layers_per_block=(1, 1, 1, 1, 1),
         spatio_temporal_scaling=(True, True, False, False),
