@@ -32,7 +32,7 @@ from accvideo.distill import (
 )
 from accvideo.flow import euler_step, shifted_sigmas
 from accvideo.student import Student, load_student
-from accvideo.training import Rollouts, Training, accumulate, update
+from accvideo.training import Rollouts, Training, accumulate, frozen, gradient, update
 from accvideo.trajectory import TrajectoryBatch, TrajectoryFolder
 from accvideo.types import UserError
 from tests.recorded import record_tiny
@@ -158,16 +158,19 @@ def test_the_adversarial_half_starts_with_a_whole_sweep():
     assert ["head_loss" in line for line in lines] == [False] * 4 + [True] * 4
 
 
-def test_an_update_leaves_other_gradients_alone():
+def test_a_loss_leaves_the_gradients_of_frozen_heads_alone():
     """The student's loss passes through the heads and must leave nothing there."""
     training = toy_training(DistillConfig(**ANYWHERE, full=True))
     assert isinstance(training.discriminator, Discriminator)
     batch, rollouts = toy_batch(0), Rollouts(2, seed=0)
-    rollouts.start(batch, number=0)
+    rollouts.start([batch], number=0)
     fake = rollouts.advance(training.student, torch.tensor([1.0, 0.6, 0.0]), 0)
-    logits = training.discriminator.logits(training.discriminator.features(fake.latents, batch, 0), 0)
-    accumulate(logits.mean(), training.student_optimizer)
+    features = training.discriminator.features(fake.latents, batch, 0)
+    with frozen(training.discriminator):
+        logits = training.discriminator.logits(features, 0)
+    accumulate(logits.mean())
     assert all(parameter.grad is None for parameter in training.discriminator.parameters())
+    assert all(parameter.requires_grad for parameter in training.discriminator.parameters())
     assert all(parameter.grad is not None for parameter in training.student.trained().values())
     assert not rollouts.queues[1][0].latents.requires_grad  # only one step has a gradient
 
@@ -175,12 +178,32 @@ def test_an_update_leaves_other_gradients_alone():
 def test_gradients_are_clipped_and_a_gradient_that_is_not_finite_is_no_step():
     parameter = nn.Parameter(torch.tensor([3.0, 4.0]))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
-    accumulate((parameter * torch.tensor([30.0, 40.0])).sum(), optimizer)
+    accumulate((parameter * torch.tensor([30.0, 40.0])).sum())
     assert update(optimizer, max_norm=1.0) == pytest.approx(50)
     assert parameter.tolist() == pytest.approx([2.4, 3.2], abs=1e-5) and parameter.grad is None
-    accumulate((parameter * torch.tensor([math.nan, 1.0])).sum(), optimizer)
+    accumulate((parameter * torch.tensor([math.nan, 1.0])).sum())
     assert update(optimizer, max_norm=1.0).isnan()
     assert parameter.tolist() == pytest.approx([2.4, 3.2], abs=1e-5) and parameter.grad is None
+
+
+def test_a_loss_that_is_not_finite_is_no_step_even_if_its_gradient_is_finite():
+    parameter = nn.Parameter(torch.tensor([3.0]))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    loss = parameter.sum() + math.inf
+    assert torch.autograd.grad(loss, parameter, retain_graph=True)[0].isfinite()
+    accumulate(loss)
+    assert not update(optimizer, max_norm=1.0).isfinite() and parameter.item() == 3
+
+
+def test_gradients_of_two_losses_add_up_and_each_has_its_norm():
+    parameter, line = nn.Parameter(torch.tensor([1.0, 1.0])), dict[str, Tensor]()
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    for name, direction in {"first": [3.0, 0.0], "second": [0.0, 4.0]}.items():
+        with gradient(optimizer, line, name):
+            for _ in range(2):
+                accumulate((parameter * torch.tensor(direction)).sum() / 2)
+    assert {name: norm.item() for name, norm in line.items()} == {"first": 3, "second": 4}
+    assert update(optimizer, max_norm=math.inf).item() == 5 and parameter.tolist() == [-2, -3]
 
 
 def test_learning_rates_warm_up_and_fall():

@@ -230,11 +230,19 @@ def replay(denoiser: nn.Module, call: DenoiserCall, latents: Latents) -> Latents
     timestep keeps its type. Of an output that is larger than the latents (given frames, a learned variance) the
     latents' own part is the velocity.
     """
+    arguments, own = call_arguments(denoiser, call, latents)
+    output = denoiser(**arguments)
+    velocity = (output if isinstance(output, Tensor) else output[0])[own].float()
+    packed = velocity.ndim == 3 and latents.ndim == 5
+    return velocity.transpose(1, 2).reshape(latents.shape) if packed else velocity
+
+
+def call_arguments(denoiser: nn.Module, call: DenoiserCall, latents: Latents) -> tuple[dict[str, Any], Block]:
+    """What a denoiser is given for latents under a recorded call, and where in `hidden_states` the latents are."""
     dtype = denoiser.dtype
     assert isinstance(dtype, torch.dtype)
     hidden_states, condition = latents.to(dtype), call.condition
-    packed = condition is not None and condition.ndim == 3 and latents.ndim == 5
-    if packed:
+    if condition is not None and condition.ndim == 3 and latents.ndim == 5:
         hidden_states = tokens(hidden_states)
     starts = call.starts or (0,) * (hidden_states.ndim - 1)
     own = tuple(slice(start, start + size) for start, size in zip((0, *starts), hidden_states.shape, strict=True))
@@ -246,10 +254,7 @@ def replay(denoiser: nn.Module, call: DenoiserCall, latents: Latents) -> Latents
         name: tensor.to(dtype) if tensor.dtype == call.dtype and name != "timestep" else tensor
         for name, tensor in (call.tensors | call.shared).items()
     }
-    arguments = unflatten(entries) | call.constants | {"return_dict": False}
-    output = denoiser(hidden_states=hidden_states, **arguments)
-    velocity = (output if isinstance(output, Tensor) else output[0])[own].float()
-    return velocity.transpose(1, 2).reshape(latents.shape) if packed else velocity
+    return {"hidden_states": hidden_states} | unflatten(entries) | call.constants | {"return_dict": False}, own
 
 
 def denoiser_blocks(denoiser: nn.Module) -> list[nn.Module]:
@@ -259,7 +264,8 @@ def denoiser_blocks(denoiser: nn.Module) -> list[nn.Module]:
         *(getattr(denoiser, "_no_split_modules", None) or []),
     }
     lists = [child for child in denoiser.children() if isinstance(child, nn.ModuleList)]
-    blocks = [block for modules in lists for block in modules if type(block).__name__ in names]
+    # Of a sharded block, the class is a subclass of its own.
+    blocks = [b for modules in lists for b in modules if names & {base.__name__ for base in type(b).__mro__}]
     if not blocks:
         raise UserError(f"{type(denoiser).__name__} names no repeated blocks: it cannot serve as a feature extractor")
     return blocks
@@ -281,11 +287,20 @@ def layer_features(denoiser: nn.Module, call: DenoiserCall, latents: Latents, la
     def leave(module: nn.Module, arguments: Any, output: Any) -> None:
         raise _Reached(output[0] if isinstance(output, tuple) else output)
 
+    def forward_to_block(**arguments: Any) -> Tensor:
+        try:
+            forward(**arguments)
+        except _Reached as reached:
+            return reached.features
+        raise RuntimeError(f"block {layer} of {type(denoiser).__name__} did not run")
+
+    forward, own = denoiser.forward, dict(vars(denoiser))
     handle = denoiser_blocks(denoiser)[layer - 1].register_forward_hook(leave)
+    # The way out ends inside the call, so that hooks after it still run: a sharded denoiser counts on its own.
+    denoiser.forward = forward_to_block
     try:
-        replay(denoiser, call, latents)
-    except _Reached as reached:
-        return reached.features
+        return denoiser(**call_arguments(denoiser, call, latents)[0])
     finally:
         handle.remove()
-    raise RuntimeError(f"block {layer} of {type(denoiser).__name__} did not run")
+        del denoiser.forward
+        vars(denoiser).update(own)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,10 +23,24 @@ from torch.optim import AdamW
 from tyro.conf import Positional
 
 from accvideo.acceleration import Quantization, quantization_config, stored_fingerprint
-from accvideo.checkpoint import MetricsLog, read_metrics
+from accvideo.checkpoint import Checkpoints, MetricsLog, read_metrics
+from accvideo.dataset import TrajectoryFolder
 from accvideo.discriminator import Discriminator
+from accvideo.distributed import (
+    first_ranks,
+    gather,
+    gathered,
+    joined_ranks,
+    mean,
+    num_ranks,
+    rank,
+    sharder,
+    total,
+    wait_for_all,
+)
 from accvideo.health import CHANCE_LOSSES, Watch, sample_health
 from accvideo.losses import ADVERSARIAL_LOSSES, Logits, trajectory_loss
+from accvideo.manifest import Manifest
 from accvideo.student import Student, save_student, student_config
 from accvideo.teacher import fingerprint, teacher_path
 from accvideo.training import (
@@ -33,6 +48,9 @@ from accvideo.training import (
     Rollouts,
     Training,
     accumulate,
+    add_means,
+    frozen,
+    gradient,
     move_average,
     paired_loss,
     rejoining_loss,
@@ -43,11 +61,12 @@ from accvideo.training import (
     update,
     weights,
 )
-from accvideo.trajectory import Manifest, TrajectoryBatch, TrajectoryFolder, collate_trajectories, write_whole
+from accvideo.trajectory import TrajectoryBatch, collate_trajectories, write_whole
 from accvideo.types import Sigmas, UserError
 
 MAX_SKIPPED = 10  # iterations in a row without a finite gradient before the run stops
-PLACES = {"data", "out", "device", "save_every"}  # settings that change nothing in the student
+PLACES = {"data", "out", "device", "save_every", "accumulate", "shard_base"}
+"""Settings that change nothing in the student but rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +83,9 @@ class DistillConfig:
     num_iterations: int = 400
     """Iterations; each trains one key point, from noise to video and around again, on one batch."""
     batch_size: int = 16
-    """Trajectories an iteration."""
+    """Trajectories an iteration, over all ranks together."""
+    accumulate: int = 1
+    """Parts in which each rank takes its share of a batch, one after the other: less memory, the same student."""
     full: bool = False
     """Train all weights of the teacher's copy instead of a LoRA."""
     lora_rank: int = 16
@@ -112,6 +133,9 @@ class DistillConfig:
     """Iterations between checkpoints."""
     gradient_checkpointing: bool = False
     """Keep less for the backward pass and compute it again: less memory, a third more time."""
+    shard_base: bool = False
+    """Spread the frozen weights under a LoRA over the ranks of torchrun: less memory, more traffic between them. Full
+    weights are always spread."""
     quantization: Quantization | None = None
     """Of the frozen weights under a LoRA: int8 or float8 (one byte each, torchao), nf4 (half a byte, bitsandbytes)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -122,7 +146,9 @@ class DistillConfig:
     """Of the data order, the fresh noise and new weights."""
 
     def __post_init__(self) -> None:
-        at_least = {"num_iterations": 1, "batch_size": 1, "lora_rank": 1, "validate_every": 1, "save_every": 1}
+        at_least = dict.fromkeys(
+            ("num_iterations", "batch_size", "accumulate", "lora_rank", "validate_every", "save_every"), 1
+        )
         at_least |= {"num_validation": 0, "warmup_iterations": 0, "adversarial_weight": 0, "patience": 0}
         for name, least in at_least.items():
             if getattr(self, name) < least:
@@ -131,6 +157,11 @@ class DistillConfig:
             raise UserError(f"ema_decay is {self.ema_decay}; choose 0 (off) or a number below 1, such as 0.99")
         if (self.keep_best or self.patience) and not self.num_validation:
             raise UserError("keep_best and patience need held-out trajectories; set num_validation to 1 or more")
+        if self.shard_base and (self.full or self.quantization is not None):
+            raise UserError(
+                "shard_base spreads the frozen weights under a LoRA, in the type they were recorded in\n"
+                "Leave it out with --full, whose weights are always spread, and with --quantization"
+            )
         if self.full and self.quantization is not None:
             raise UserError(
                 f"quantization is {self.quantization} and full is set: quantized weights cannot be trained\n"
@@ -187,8 +218,8 @@ def train(
         config: the settings.
         training: student, heads, optimizers and queues; changed in place.
         sigmas: noise levels of the K + 1 key points.
-        batches: the training data.
-        held_out: the validation data.
+        batches: the training data: of each batch, `config.accumulate` parts that are this rank's.
+        held_out: the validation data: this rank's share, as large as any other's.
         log: takes each line of metrics.
         save: writes a checkpoint of `training`.
 
@@ -206,47 +237,54 @@ def train(
     while training.iteration < config.num_iterations and not out_of_patience(config, training):
         iteration, began = training.iteration, time.perf_counter()
         keypoint = iteration % (len(sigmas) - 1)  # 0 starts at the noise, the last ends at the video
-        batch = next(stream)
+        parts = list(islice(stream, config.accumulate))
         set_learning_rates(config, training)
 
         if discriminator is not None and keypoint == 0 and iteration >= config.adversarial_start:
-            rollouts.start(batch, iteration, fresh=not shared)
+            rollouts.start(parts, iteration, fresh=not shared)
         judged, line = bool(rollouts.queues[keypoint]), dict[str, Tensor]()
+        measured = partial(add_means, line, len(parts))
 
         # Teacher-forced: match the teacher's mean velocity between two stored states (Eq. 6).
         if not (judged and shared):
-            loss = paired_loss(student, batch, sigmas, keypoint).mean()
-            line |= {"trajectory_loss": loss.detach(), "trajectory_gradient_norm": accumulate(loss, optimizer)}
+            with gradient(optimizer, line, "trajectory_gradient_norm"):
+                for part in parts:
+                    loss = paired_loss(student, part, sigmas, keypoint).mean()
+                    accumulate(loss / len(parts))
+                    measured(trajectory_loss=loss)
         if alternating or not judged:
             line["gradient_norm"] = update(optimizer, clip)
 
         # Free-running: a step from latents the student made from noise, judged at their own noise level (Eq. 7).
         if judged:
             assert discriminator is not None and head_optimizer is not None
-            rollout = rollouts.advance(student, sigmas, keypoint)
-            fake_features = discriminator.features(rollout.latents, rollout.batch, keypoint)
-            generator_loss = adversarial.generator(discriminator.logits(fake_features, keypoint)).mean()
-            loss = config.adversarial_weight * generator_loss
-            if shared:
-                rejoining = rejoining_loss(rollout, sigmas, keypoint).mean()
-                loss, line["trajectory_loss"] = loss + rejoining, rejoining.detach()
-            norm = accumulate(loss, optimizer)
-            if not shared:
-                line["adversarial_gradient_norm"] = norm
-            line.setdefault("gradient_norm", update(optimizer, clip))
+            norm = "gradient_norm" if shared else "adversarial_gradient_norm"
+            with gradient(optimizer, line, norm), gradient(head_optimizer, line, "head_gradient_norm"):
+                for _ in parts:
+                    rollout = rollouts.advance(student, sigmas, keypoint)
+                    fake_features = discriminator.features(rollout.latents, rollout.batch, keypoint)
+                    with frozen(discriminator):
+                        generator_loss = adversarial.generator(discriminator.logits(fake_features, keypoint)).mean()
+                    loss = config.adversarial_weight * generator_loss
+                    if shared:
+                        rejoining = rejoining_loss(rollout, sigmas, keypoint).mean()
+                        loss = loss + rejoining
+                        measured(trajectory_loss=rejoining)
+                    accumulate(loss / len(parts))
 
-            with torch.no_grad():
-                real_features = discriminator.features(rollout.batch.states[:, keypoint + 1], rollout.batch, keypoint)
-            features = torch.cat([real_features, fake_features.detach()])
-            real_logits, fake_logits = discriminator.logits(features, keypoint).chunk(2)
-            head_loss = adversarial.head(real_logits, fake_logits).mean()
-            accumulate(config.adversarial_weight * head_loss, head_optimizer)
-            line["head_gradient_norm"] = update(head_optimizer, clip)
-            line |= {"generator_loss": generator_loss.detach(), "head_loss": head_loss.detach()}
-            line |= judgement(real_logits.detach(), fake_logits.detach())
+                    with torch.no_grad():
+                        real_latents = rollout.batch.states[:, keypoint + 1]
+                        real_features = discriminator.features(real_latents, rollout.batch, keypoint)
+                    features = torch.cat([real_features, fake_features.detach()])
+                    real_logits, fake_logits = discriminator.logits(features, keypoint).chunk(2)
+                    head_loss = adversarial.head(real_logits, fake_logits).mean()
+                    accumulate(config.adversarial_weight * head_loss / len(parts))
+                    measured(generator_loss=generator_loss, head_loss=head_loss, **judgement(real_logits, fake_logits))
+            line.setdefault("gradient_norm", update(optimizer, clip))
+            update(head_optimizer, clip)
 
         move_average(config.ema_decay, training)
-        values = {name: float(value) for name, value in line.items()}
+        values = mean(line)
         count_skipped(config, training, values)
         log({"iteration": iteration, "keypoint": keypoint} | values | {"seconds": time.perf_counter() - began})
 
@@ -254,7 +292,7 @@ def train(
         last = training.iteration == config.num_iterations
         if held_out and (training.iteration % config.validate_every == 0 or last):
             log({"iteration": iteration} | validate(config, training, held_out, sigmas))
-        if training.iteration % config.save_every == 0 or last:
+        if training.num_skipped == 0 and (training.iteration % config.save_every == 0 or last):
             save()
 
 
@@ -328,9 +366,9 @@ def measure(training: Training, held_out: Sequence[TrajectoryBatch], sigmas: Sig
                 latents = student_step(student, batch, latents, sigmas, keypoint)
             errors += trajectory_loss(latents, batch.states[:, -1]).sum().cpu()
             samples.append(latents)
-    num_samples = sum(len(batch.states) for batch in held_out)
-    health = sample_health(torch.cat(samples), torch.cat([batch.states[:, -1] for batch in held_out]))
-    return {"validation_loss": (losses / num_samples).tolist(), "latent_error": float(errors) / num_samples, **health}
+    *losses, error = (total(torch.cat([losses, errors[None]])) / (num_ranks() * sum(map(len, samples)))).tolist()
+    health = sample_health(gather(torch.cat(samples)), gather(torch.cat([batch.states[:, -1] for batch in held_out])))
+    return {"validation_loss": losses, "latent_error": error, **health}
 
 
 def out_of_patience(config: DistillConfig, training: Training) -> bool:
@@ -341,21 +379,32 @@ def out_of_patience(config: DistillConfig, training: Training) -> bool:
 def distill(config: DistillConfig) -> dict[str, Any]:
     """Distill a student from the trajectories in `config.data` into `config.out`; go on where a killed run stopped.
 
+    Under torchrun all processes do so together; the first writes.
+
     Returns:
         The student's folder, iterations, seconds and last validation.
 
     Raises:
         UserError: data set and teacher do not match, or the output folder holds something else.
     """
+    config = resolved(config)
+    with joined_ranks(config.device):
+        return distill_together(config)
+
+
+def distill_together(config: DistillConfig) -> dict[str, Any]:
+    """`distill` on each of the joined ranks, "auto" resolved."""
     began = time.perf_counter()
     folder = TrajectoryFolder(config.data)
-    manifest, config = folder.manifest, resolved(config)
-    console = Console(stderr=True)
+    manifest = folder.manifest
+    console = Console(stderr=True, quiet=rank() > 0)
     if config.quantization is not None:
         quantization_config(config.quantization)
-    claim_folder(config, manifest)
+    part_size = rows_of_part(config)
+    if rank() == 0:
+        claim_folder(config, manifest)
     metrics_path = config.out / "metrics.jsonl"
-    if (config.out / "student.json").exists():
+    if first_ranks((config.out / "student.json").exists()):
         console.print(f"{config.out} holds the finished student of these settings already")
         return {"folder": str(config.out), "num_iterations": config.num_iterations, **last_validation(metrics_path)}
 
@@ -368,18 +417,71 @@ def distill(config: DistillConfig) -> dict[str, Any]:
         )
 
     def batches(start: int) -> Iterator[TrajectoryBatch]:
-        return (to_device(b, config.device) for b in folder.batches(config.batch_size, config.seed, start, indices))
+        first = start * config.accumulate
+        parts = folder.batches(part_size, config.seed, first, indices, rank(), num_ranks())
+        return (to_device(part, config.device) for part in parts)
 
-    chunks = [kept_out[start : start + config.batch_size] for start in range(0, len(kept_out), config.batch_size)]
+    own = kept_out[rank() :: num_ranks()]
+    chunks = [own[start : start + part_size] for start in range(0, len(own), part_size)]
     held_out = [to_device(collate_trajectories([folder[i] for i in chunk]), config.device) for chunk in chunks]
     sigmas = manifest.key_sigmas
     denoisers = load_denoisers(manifest, config.quantization)
     training = start_training(config, denoisers, sigmas, next(batches(0)))
-    restore(config.out / "checkpoints", training, batches)
+    with Checkpoints(config.out / "checkpoints") as checkpoints:
+        restore(checkpoints.newest(), training, batches, config.accumulate)
+        with logged(config, training, sigmas, console) as log:
+            save = partial(store, checkpoints, training, config.accumulate)
+            train(config, training, sigmas, batches, held_out, log, save)
 
-    with MetricsLog(metrics_path, training.iteration) as metrics, progress_bar(console, config, training) as show:
+    set_weights(training.student, training.best or training.average)
+    if config.full:
+        student: Any = training.student
+        student.denoisers = nn.ModuleDict({name: gathered(each) for name, each in student.denoisers.items()})
+    if rank() == 0:
+        lora_rank = None if config.full else config.lora_rank
+        recipe = {name: value for name, value in settings(config).items() if name not in PLACES}
+        made = student_config(manifest, next(batches(0)).calls, lora_rank, recipe)
+        save_student(config.out, training.student, made, last_validation(metrics_path))
+    wait_for_all()
+    seconds, last = time.perf_counter() - began, last_validation(metrics_path)
+    return {"folder": str(config.out), "num_iterations": training.iteration, "seconds": seconds, **last}
+
+
+def rows_of_part(config: DistillConfig) -> int:
+    """Trajectories that a rank holds at once.
+
+    Raises:
+        UserError: the ranks cannot share a batch or the held-out trajectories evenly.
+    """
+    num_parts = num_ranks() * config.accumulate
+    if config.batch_size % num_parts:
+        raise UserError(
+            f"batch_size {config.batch_size} cannot be cut into {num_parts} equal parts "
+            f"({num_ranks()} ranks, accumulate {config.accumulate})\nMake it a multiple of {num_parts}"
+        )
+    if config.num_validation % num_ranks():
+        raise UserError(
+            f"num_validation {config.num_validation} cannot be shared evenly by {num_ranks()} ranks; "
+            f"make it a multiple of {num_ranks()}, or 0"
+        )
+    return config.batch_size // num_parts
+
+
+@contextmanager
+def logged(
+    config: DistillConfig, training: Training, sigmas: Sigmas, console: Console
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that writes each line of metrics, shows it, and rings alarms; on other ranks than the first, nothing.
+
+    A resumed run goes on with the lines before `training.iteration`.
+    """
+    if rank() > 0:
+        yield lambda line: None
+        return
+    path = config.out / "metrics.jsonl"
+    with MetricsLog(path, training.iteration) as metrics, progress_bar(console, config, training) as show:
         watch = Watch(len(sigmas) - 1, CHANCE_LOSSES[config.adversarial_loss])
-        for line in read_metrics(metrics_path):
+        for line in read_metrics(path):
             watch.look(line)
 
         def log(line: dict[str, Any]) -> None:
@@ -389,17 +491,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
                 metrics.write(alarm)
                 console.print(f"alarm at iteration {alarm['iteration']}: {alarm['message']}")
 
-        save = partial(store, config.out / "checkpoints", training)
-        train(config, training, sigmas, batches, held_out, log, save)
-
-    set_weights(training.student, training.best or training.average)
-    last = last_validation(metrics_path)
-    rank = None if config.full else config.lora_rank
-    recipe = {name: value for name, value in settings(config).items() if name not in PLACES}
-    student = student_config(manifest, next(batches(0)).calls, rank, recipe)
-    save_student(config.out, training.student, student, last)
-    seconds = time.perf_counter() - began
-    return {"folder": str(config.out), "num_iterations": training.iteration, "seconds": seconds, **last}
+        yield log
 
 
 def start_training(
@@ -416,12 +508,14 @@ def start_training(
     device, adversarial = torch.device(config.device), config.adversarial_weight > 0
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
+        sharded = num_ranks() > 1 and (config.full or config.shard_base)
         student = Student(
-            {name: denoiser.to(device) for name, denoiser in denoisers.items()},
+            {name: denoiser if sharded else denoiser.to(device) for name, denoiser in denoisers.items()},
             lora_rank=None if config.full else config.lora_rank,
             arithmetic=partial(arithmetic, device.type, config.precision),
             keep_teacher=adversarial,
             gradient_checkpointing=config.gradient_checkpointing,
+            shard=sharder(config.device, config.precision) if sharded else None,
         )
         discriminator = None
         if adversarial:

@@ -1,18 +1,21 @@
 """What the loop of `distill.py` is made of: student steps, updates, the queues of rollouts, and all its state."""
 
+import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from functools import partial
+from itertools import islice
 
 import torch
-from torch import Tensor
-from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from accvideo.checkpoint import load_checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
+from accvideo.checkpoint import Checkpoint, Checkpoints, optimizer_tensors, restore_optimizer
 from accvideo.discriminator import Discriminator
+from accvideo.distributed import average_gradients, own_parts, own_pieces, spread_as, whole
 from accvideo.flow import euler_step, secant_velocity
 from accvideo.losses import trajectory_loss
 from accvideo.student import Student
@@ -20,7 +23,7 @@ from accvideo.trajectory import TrajectoryBatch
 from accvideo.types import Latents, PerSample, Sigmas
 
 Batches = Callable[[int], Iterator[TrajectoryBatch]]
-"""The endless batches of a data set from the one of a given number on."""
+"""The endless batches of a data set from the one of a given number on; of each, what this rank takes, part by part."""
 
 
 def paired_loss(student: Student, batch: TrajectoryBatch, sigmas: Sigmas, keypoint: int) -> PerSample:
@@ -58,29 +61,61 @@ def trained_by(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def accumulate(loss: Tensor, optimizer: Optimizer) -> Tensor:
-    """Add the gradient of a loss to the parameters of this optimizer, and to no others; the norm of what it adds.
+@contextmanager
+def gradient(optimizer: Optimizer, line: dict[str, Tensor], name: str) -> Iterator[None]:
+    """A context whose losses give the optimizer one gradient, the mean over the ranks, on top of what it has.
 
-    The student's loss passes through the heads, and must leave no gradient there for their next update.
+    The norm of this gradient alone goes into `line`.
     """
     parameters = trained_by(optimizer)
     before = [parameter.grad for parameter in parameters]
     optimizer.zero_grad(set_to_none=True)
-    loss.backward(inputs=parameters)
-    norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    for parameter, gradient in zip(parameters, before, strict=True):
-        if gradient is not None:
-            parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
-    return norm
+    yield
+    average_gradients(parameters)
+    line[name] = gradient_norm(parameters)
+    for parameter, earlier in zip(parameters, before, strict=True):
+        if earlier is not None:
+            parameter.grad = earlier if parameter.grad is None else earlier.add_(parameter.grad)
+
+
+def accumulate(loss: Tensor) -> None:
+    """Add the gradient of a loss to the weights that it depends on; not finite where the loss is not."""
+    loss.backward(torch.where(loss.isfinite(), 1.0, math.nan))
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """A context in which a module passes gradients on, and takes none.
+
+    The student's loss passes through the heads, and must leave no gradient there for their own update.
+    """
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.requires_grad_(True)
+
+
+def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
+    """The norm of all gradients together."""
+    return whole(get_total_norm([each.grad for each in parameters if each.grad is not None]))
 
 
 def update(optimizer: Optimizer, max_norm: float) -> Tensor:
     """Clip the gradient, take the step, forget the gradient; its norm before clipping. Not finite: no step."""
-    norm = clip_grad_norm_(trained_by(optimizer), max_norm)
+    parameters = trained_by(optimizer)
+    norm = gradient_norm(parameters)
+    clip_grads_with_norm_(parameters, max_norm, norm)
     if norm.isfinite():
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm.detach()
+    return norm
+
+
+def add_means(line: dict[str, Tensor], num_parts: int, **values: Tensor) -> None:
+    """Add what was measured on a part of the batch to the means over its parts."""
+    for name, value in values.items():
+        line[name] = line.get(name, 0) + value.detach() / num_parts
 
 
 @dataclass(frozen=True)
@@ -103,12 +138,16 @@ class Rollouts:
         self.queues: list[deque[Rollout]] = [deque() for _ in range(num_student_steps)]
         self.generator = torch.Generator().manual_seed(seed)
 
-    def start(self, batch: TrajectoryBatch, number: int, fresh: bool = True) -> None:
+    def start(self, parts: Sequence[TrajectoryBatch], number: int, fresh: bool = True) -> None:
         """Queue noise for the prompts of a batch: fresh, or the records' own, from which the teacher set out."""
-        noise = batch.states[:, 0]
+        noises = [part.states[:, 0] for part in parts]
         if fresh:
-            noise = torch.randn(noise.shape, generator=self.generator).to(noise.device)
-        self.queues[0].append(Rollout(noise, batch, number))
+            # Drawn for the whole batch, so that a row gets the same whatever the number of ranks and parts.
+            size, *shape = noises[0].shape
+            numbers = own_parts(len(parts))
+            drawn = torch.randn(size * numbers.step * len(parts), *shape, generator=self.generator).split(size)
+            noises = [drawn[part].to(noises[0].device) for part in numbers]
+        self.queues[0] += [Rollout(noise, part, number) for noise, part in zip(noises, parts, strict=True)]
 
     def advance(self, student: Student, sigmas: Sigmas, keypoint: int) -> Rollout:
         """Take the oldest latents at a key point one student step on; only this step has a gradient."""
@@ -168,10 +207,14 @@ def set_weights(student: Student, values: dict[str, Tensor]) -> None:
         trained[name].copy_(value)
 
 
-def store(folder: Path, training: Training) -> None:
-    """Write a checkpoint of all that changes."""
-    queues = training.rollouts.queues
-    tensors = {"generator": training.rollouts.generator.get_state()}
+def store(checkpoints: Checkpoints, training: Training, num_parts: int) -> None:
+    """Begin to write a checkpoint of all that changes.
+
+    Args:
+        checkpoints: of this run.
+        training: what changes.
+        num_parts: parts of each batch that a rank takes.
+    """
     groups = {
         "student": training.student.trained(),
         "student_optimizer": optimizer_tensors(training.student_optimizer),
@@ -179,37 +222,58 @@ def store(folder: Path, training: Training) -> None:
         "head_optimizer": optimizer_tensors(training.head_optimizer) if training.head_optimizer else {},
         "average": training.average,
         "best": training.best,
-        "rollouts": {f"{k}.{i}": rollout.latents for k, queue in enumerate(queues) for i, rollout in enumerate(queue)},
+        "random": {"generator": training.rollouts.generator.get_state()},
     }
-    for group, members in groups.items():
-        tensors |= {f"{group}/{name}": tensor for name, tensor in members.items()}
+    tensors = own_pieces({f"{group}/{name}": tensor for group, each in groups.items() for name, tensor in each.items()})
+    for k, queue in enumerate(training.rollouts.queues):
+        for place, rollout in enumerate(queue):
+            i, part = divmod(place, num_parts)
+            tensors[f"rollouts/{k}.{i}@{own_parts(num_parts)[part] * len(rollout.latents)}"] = rollout.latents
     counts = {name: getattr(training, name) for name in ("iteration", "num_skipped", "best_error", "num_since_best")}
-    numbers = [[rollout.number for rollout in queue] for queue in queues]
-    save_checkpoint(folder, training.iteration, tensors, counts | {"rollout_batches": numbers})
+    numbers = [[rollout.number for rollout in islice(queue, 0, None, num_parts)] for queue in training.rollouts.queues]
+    checkpoints.save(training.iteration, tensors, counts | {"rollout_batches": numbers})
 
 
-def restore(folder: Path, training: Training, batches: Batches) -> None:
-    """Take up the newest checkpoint, if there is one."""
-    if (found := load_checkpoint(folder)) is None:
+def restore(checkpoint: Checkpoint | None, training: Training, batches: Batches, num_parts: int) -> None:
+    """Take up a checkpoint, if there is one, written by any number of ranks.
+
+    Args:
+        checkpoint: the newest of this run.
+        training: what it is restored to.
+        batches: the training data.
+        num_parts: parts of each batch that a rank takes.
+    """
+    if checkpoint is None:
         return
-    tensors, state = found
+    trained = training.student.trained()
 
-    def group(name: str) -> dict[str, Tensor]:
-        return {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
+    def weights_of(group: str) -> dict[str, Tensor]:
+        return {
+            name: spread_as(trained[name], partial(checkpoint.read, f"{group}/{name}"))
+            for name in checkpoint.names(group)
+        }
 
-    set_weights(training.student, group("student"))
-    restore_optimizer(training.student_optimizer, group("student_optimizer"))
+    def optimizer_state(group: str, optimizer: Optimizer) -> dict[str, Tensor]:
+        parameters, state = trained_by(optimizer), {}
+        for key in checkpoint.names(group):
+            number, name = key.split(".")
+            read = partial(checkpoint.read, f"{group}/{key}")
+            state[key] = read() if name == "step" else spread_as(parameters[int(number)], read)
+        return state
+
+    set_weights(training.student, weights_of("student"))
+    restore_optimizer(training.student_optimizer, optimizer_state("student_optimizer", training.student_optimizer))
     if training.discriminator is not None and training.head_optimizer is not None:
-        training.discriminator.load_state_dict(group("heads"))
-        restore_optimizer(training.head_optimizer, group("head_optimizer"))
-    device = next(iter(training.student.trained().values())).device
-    training.average = {name: value.to(device) for name, value in group("average").items()}
-    training.best = {name: value.to(device) for name, value in group("best").items()}
-    training.rollouts.generator.set_state(tensors["generator"])
-    latents = group("rollouts")
+        training.discriminator.load_state_dict(checkpoint.group("heads"))
+        restore_optimizer(training.head_optimizer, optimizer_state("head_optimizer", training.head_optimizer))
+    training.average, training.best = weights_of("average"), weights_of("best")
+    training.rollouts.generator.set_state(checkpoint.read("random/generator"))
+    state = dict(checkpoint.state)
     for k, numbers in enumerate(state.pop("rollout_batches")):
         for i, number in enumerate(numbers):
-            rollout = Rollout(latents[f"{k}.{i}"].to(device), next(batches(number)), number)
-            training.rollouts.queues[k].append(rollout)
+            for part, batch in zip(own_parts(num_parts), batches(number), strict=False):
+                start, size = part * len(batch.states), len(batch.states)
+                latents = checkpoint.read(f"rollouts/{k}.{i}", start, start + size).to(batch.states.device)
+                training.rollouts.queues[k].append(Rollout(latents, batch, number))
     for name, value in state.items():
         setattr(training, name, value)
