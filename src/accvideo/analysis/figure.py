@@ -69,7 +69,7 @@ def _panel(panel: Panel) -> str:
 
 
 def _key_width(name: str) -> int:
-    return 26 + round(6.4 * len(name))
+    return 30 + round(6.8 * len(name))
 
 
 def _rows_of_keys(keys: Sequence[tuple[str, str]]) -> list[list[tuple[str, str]]]:

@@ -59,8 +59,8 @@ class ToyConfig:
     """Teachers, each with a student of every kind."""
     teacher_iterations: int = 10_000
     """Updates of each teacher (the paper's number)."""
-    iterations: int = 2000
-    """Updates of each student."""
+    iterations: int = 1500
+    """Updates of each student, of 256 samples."""
     num_trajectories: int = 8192
     """Recorded trajectories for each seed."""
 

@@ -175,11 +175,12 @@ def histogram_chart(teacher: Tensor, students: Mapping[str, Tensor], mismatches:
         floor = num_rows - 1 - number
         outline = stairs(reference, floor)
         marks += polyline(plot, outline, "none", 0).replace('fill="none"', 'fill="var(--muted)" fill-opacity="0.45"')
+        marks += polyline(plot, [(float(BINS[0]), floor), (float(BINS[-1]), floor)], "var(--line)", 1)
         marks += polyline(plot, stairs(heights(values), floor), color(number + 1), 1.6)
         marks += f'<text x="236" y="{plot.y(floor + 0.72):.1f}" text-anchor="middle">{name}</text>'
         if mismatches:
             marks += "".join(diamond(plot, point, floor, "var(--ink)") for point in moved_data(mismatches[number]))
-    return plot.svg(marks, "sample", range(num_rows), (-4.5, -3, 0, 3, 4.5), "histograms of students and teacher")
+    return plot.svg(marks, "sample", (), (-4.5, -3, 0, 3, 4.5), "histograms of students and teacher")
 
 
 def heights(values: Tensor) -> list[float]:

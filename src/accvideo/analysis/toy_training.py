@@ -35,9 +35,9 @@ class Study:
     num_student_steps: int = 5
     num_trajectories: int = 8192
     """Recorded for each seed; a method that starts from forward-diffused points gets as many denoiser calls."""
-    iterations: int = 2000
+    iterations: int = 1500
     """Updates of each student."""
-    batch_size: int = 512
+    batch_size: int = 256
     learning_rate: float = 5e-4
     """Of students, heads and the fake score."""
     adversarial_weight: float = 0.1
@@ -102,7 +102,7 @@ def train_teacher(study: Study, folder: Path, progress: Progress) -> tuple[Veloc
         velocity = teacher((1 - sigma) * video + sigma * noise, sigma)
         descend(fit, trajectory_loss(velocity, noise - video).sum(), "teacher")
 
-    seconds = run(fit, study.teacher_iterations, update, folder / "teacher", progress)
+    seconds = run(fit, study.teacher_iterations, update, folder / "teacher.safetensors", progress)
     return teacher.eval().requires_grad_(False), seconds
 
 
@@ -161,7 +161,7 @@ def train_accvideo(
             descend(fit, head_loss.sum(), "heads", "shared")
 
     num_sweeps = study.iterations // study.num_student_steps
-    seconds = run(fit, num_sweeps, sweep, folder / "accvideo", progress, save_every=100)
+    seconds = run(fit, num_sweeps, sweep, folder / "accvideo.safetensors", progress, save_every=100)
     calls = [study.recording_calls + looks * study.iterations * study.batch_size for looks in (0, 2, 2)]
     return Students(student.requires_grad_(False), dict(zip(names, calls, strict=True)), seconds)
 
@@ -217,7 +217,7 @@ def train_perflow(study: Study, teacher: VelocityNetworks, folder: Path, progres
         loss = trajectory_loss(student(latents, sigma), (end - start) / (last - first))
         descend(fit, loss.sum(), "student")
 
-    seconds = run(fit, study.iterations, update, folder / "perflow", progress)
+    seconds = run(fit, study.iterations, update, folder / "perflow.safetensors", progress)
     names = [f"PeRFlow, M = {mismatch:g}" for mismatch in study.mismatches]
     return Students(student.requires_grad_(False), dict.fromkeys(names, study.recording_calls), seconds)
 
@@ -287,5 +287,5 @@ def train_dmd(study: Study, teacher: VelocityNetworks, folder: Path, progress: P
         loss = distribution_matching_loss(video, real_video, fake_video) + weights * fooled
         descend(fit, loss.sum(), "student")
 
-    seconds = run(fit, study.iterations, update, folder / "dmd", progress, save_every=200)
+    seconds = run(fit, study.iterations, update, folder / "dmd.safetensors", progress, save_every=200)
     return Students(student.requires_grad_(False), dict.fromkeys(names, study.iterations * size), seconds)
