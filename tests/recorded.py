@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from accvideo.dataset import TrajectoryFolder
 from accvideo.record import RecordConfig, record
-from accvideo.trajectory import TrajectoryFolder
 from tests.tiny import tiny_wan_pipeline
 
 PROMPTS = ["a red square", "two blue dots", "green", "a circle moves left", "nothing", "one more"]

@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 
 from accvideo.call import DenoiserCall, layer_features
+from accvideo.dataset import TrajectoryFolder
 from accvideo.discriminator import Discriminator, Head, at_final_timestep, head_width, token_grid
 from accvideo.student import Student
-from accvideo.trajectory import TrajectoryBatch, TrajectoryFolder
+from accvideo.trajectory import TrajectoryBatch
 from accvideo.types import UserError
 from tests.recorded import record_tiny
 from tests.tiny import wan_transformer

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from accvideo.call import DenoiserCall
 from accvideo.checkpoint import read_metrics
+from accvideo.dataset import TrajectoryFolder
 from accvideo.discriminator import Discriminator
 from accvideo.distill import (
     MAX_SKIPPED,
@@ -33,7 +34,7 @@ from accvideo.distill import (
 from accvideo.flow import euler_step, shifted_sigmas
 from accvideo.student import Student, load_student
 from accvideo.training import Rollouts, Training, accumulate, frozen, gradient, update
-from accvideo.trajectory import TrajectoryBatch, TrajectoryFolder
+from accvideo.trajectory import TrajectoryBatch
 from accvideo.types import UserError
 from tests.recorded import record_tiny
 from tests.tiny import tiny_wan_pipeline

@@ -27,6 +27,7 @@ from peft.tuners.lora import LoraLayer
 
 import accvideo.record as stage
 from accvideo.call import replay
+from accvideo.dataset import TrajectoryFolder
 from accvideo.distill import DistillConfig, distill
 from accvideo.flow import euler_step
 from accvideo.generate import load_model, sample_clips, with_arguments
@@ -34,8 +35,8 @@ from accvideo.media import load_media
 from accvideo.record import RecordConfig, record
 from accvideo.student import add_lora
 from accvideo.teacher import denoisers, fingerprint
-from accvideo.trajectory import TrajectoryFolder, verify
 from accvideo.types import UserError
+from accvideo.verify import problems
 from tests.families import (
     FAMILIES,
     IMAGE,
@@ -103,7 +104,7 @@ def configuration(family: Family, folder: Path, out: str, guidance_scale: float,
 @torch.no_grad()
 def test_replay_is_the_recording(family, folder):
     """The teacher's own weights as the student, all steps, guidance off: each state bit for bit, up to the video."""
-    assert verify(folder / "plain") == []
+    assert problems(folder / "plain") == []
     data, networks = TrajectoryFolder(folder / "plain"), denoisers(family.make())
     assert data.manifest.denoiser_calls == NUM_STEPS
     euler = "Euler" in data.manifest.scheduler["class"]
@@ -123,7 +124,7 @@ def test_replay_is_the_recording(family, folder):
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 def test_a_student_is_made_and_runs(family, folder, full):
     """From guided trajectories, two iterations, saved, loaded; it runs in its pipeline without guidance."""
-    assert verify(folder / "guided") == []
+    assert problems(folder / "guided") == []
     manifest, out = TrajectoryFolder(folder / "guided").manifest, folder / f"student-{full}"
     assert manifest.denoiser_calls == family.num_guided_calls * NUM_STEPS
     config = DistillConfig(data=folder / "guided", out=out, num_iterations=2, batch_size=2, full=full, lora_rank=2,

@@ -9,10 +9,10 @@ import torch
 from accvideo import cli
 from accvideo.distill import paper
 from accvideo.flow import keypoint_indices
+from accvideo.manifest import read_manifest
 from accvideo.presets import PRESETS, defaults, distill_defaults, find_preset
 from accvideo.record import RecordConfig
 from accvideo.teacher import watch
-from accvideo.trajectory import read_manifest
 from accvideo.types import UserError
 from tests.tiny import (
     TINY_CALL,

@@ -12,6 +12,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
 from accvideo.call import layer_features, replay
+from accvideo.dataset import TrajectoryFolder
 from accvideo.discriminator import Discriminator
 from accvideo.flow import euler_step, shifted_sigmas
 from accvideo.student import (
@@ -24,7 +25,7 @@ from accvideo.student import (
     student_config,
 )
 from accvideo.teacher import denoisers, load_pipeline
-from accvideo.trajectory import TrajectoryBatch, TrajectoryFolder
+from accvideo.trajectory import TrajectoryBatch
 from accvideo.types import UserError
 from tests.recorded import record_tiny
 from tests.tiny import tiny_wan_pipeline, wan_transformer

@@ -33,8 +33,9 @@ from accvideo.acceleration import Quantization, pipeline_quantization, quantizat
 from accvideo.call import DenoiserCall, denoiser_blocks, layer_features, replay
 from accvideo.card import model_card
 from accvideo.flow import euler_step
+from accvideo.manifest import Manifest
 from accvideo.teacher import denoisers, fingerprint, load_pipeline
-from accvideo.trajectory import Manifest, write_whole
+from accvideo.trajectory import write_whole
 from accvideo.types import Latents, UserError
 
 LORA_FILES = {"transformer": "pytorch_lora_weights.safetensors", "transformer_2": "pytorch_lora_weights_2.safetensors"}
