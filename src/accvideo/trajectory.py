@@ -320,14 +320,3 @@ def misplaced(trajectory: Trajectory, index: int, manifest: Manifest) -> str | N
     if unknown := set(trajectory.denoisers) - manifest.fingerprints.keys():
         return f"was recorded with the denoisers {sorted(unknown)}, which the manifest does not name"
     return None
-
-
-MOVED = {"MANIFEST": "manifest", "read_manifest": "manifest", "TrajectoryFolder": "dataset", "verify": "verify"}
-
-
-def __getattr__(name: str) -> Any:  # until every import names the module that a thing moved to
-    if name not in MOVED:
-        raise AttributeError(name)
-    from importlib import import_module
-
-    return getattr(import_module(f"accvideo.{MOVED[name]}"), "problems" if name == "verify" else name)
