@@ -70,6 +70,8 @@ def run(arguments: list[str]) -> int:
     try:
         as_json = "--json" in rest
         result = execute(command, [word for word in rest if word != "--json"])
+        if not result:  # one of several processes, of which the first speaks for all
+            return 0
         if as_json:
             print(json.dumps(result))
         else:

@@ -89,7 +89,7 @@ class DistillConfig:
     full: bool = False
     """Train all weights of the teacher's copy instead of a LoRA."""
     lora_rank: int = 16
-    """Rank of the LoRA on every linear layer of the blocks."""
+    """Rank of the LoRA on the attention and feed-forward layers of the blocks."""
     learning_rate: float = 2e-3
     """Of the student (AdamW). About 2e-3 suits a LoRA of a small model, 2e-4 its full weights."""
     head_learning_rate: float = 1e-3
@@ -382,14 +382,15 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     Under torchrun all processes do so together; the first writes.
 
     Returns:
-        The student's folder, iterations, seconds and last validation.
+        The student's folder, iterations, seconds and last validation; nothing from other processes than the first.
 
     Raises:
         UserError: data set and teacher do not match, or the output folder holds something else.
     """
     config = resolved(config)
     with joined_ranks(config.device):
-        return distill_together(config)
+        summary = distill_together(config)
+        return summary if rank() == 0 else {}
 
 
 def distill_together(config: DistillConfig) -> dict[str, Any]:
