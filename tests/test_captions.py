@@ -1,0 +1,112 @@
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from accvideo.captions import CaptionConfig, caption_folder, count_frames, spread_frames
+from accvideo.cli import run
+from accvideo.prompts import PromptsConfig, prompts
+from accvideo.types import UserError
+from accvideo.video import write_video
+from tests.tiny_vlm import save_tiny_llava
+
+
+def clip(seed: int, num_frames: int = 9) -> torch.Tensor:
+    """Frame i is gray, as bright as 20 * i, with a square that differs by seed."""
+    frames = torch.zeros(num_frames, 32, 48, 3, dtype=torch.uint8)
+    frames += (20 * torch.arange(num_frames, dtype=torch.uint8))[:, None, None, None]
+    frames[:, 4 * seed : 4 * seed + 8, 8:24, seed % 3] = 255
+    return frames
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llava")
+    save_tiny_llava(folder)
+    return folder
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> Path:
+    folder = tmp_path / "videos"
+    for number, name in enumerate(("a.mp4", "b/c.mp4", "d.gif")):
+        write_video(folder / name, clip(number), fps=8)
+    (folder / "notes.txt").write_text("no video")
+    return folder
+
+
+def test_frames_are_the_middles_of_equal_parts(tmp_path: Path):
+    write_video(tmp_path / "a.mp4", clip(0), fps=8)
+    assert count_frames(tmp_path / "a.mp4") == 9
+
+    def seen(num_frames: int) -> list[int]:
+        frames = spread_frames(tmp_path / "a.mp4", 9, num_frames)
+        return [round(frame.getpixel((40, 28))[0] / 20) for frame in frames]  # pyright: ignore
+
+    assert seen(1) == [4] and seen(3) == [1, 4, 7] and seen(9) == list(range(9)) and seen(50) == list(range(9))
+
+
+def test_a_folder_of_videos_becomes_prompts_and_a_second_run_captions_only_what_is_new(
+    model: Path, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = PromptsConfig(
+        sources=(videos,), out=tmp_path / "out.txt", model=str(model), num_frames=2, max_new_tokens=8, device="cpu"
+    )
+    assert prompts(config)["num_read"] == 3
+    record = tmp_path / "out.captions.jsonl"
+    made = [json.loads(line) for line in record.read_text().splitlines()]
+    assert [line["of"]["video"] for line in made] == ["a.mp4", "b/c.mp4", "d.gif"]
+    assert (tmp_path / "out.txt").read_text().splitlines() == list(dict.fromkeys(line["caption"] for line in made))
+
+    # A kill in the middle of a line, and one video more; whatever is done again is the same.
+    whole = record.read_text()
+    record.write_text(whole[: whole.index("\n") + 30])
+    write_video(videos / "e.mp4", clip(3), fps=8)
+    settings = CaptionConfig(str(model), config.instruction, 2, 8)
+    captions, bad = caption_folder(videos, settings, record, "cpu", skip_bad=False)
+    assert {name: captions[name] for name in ("a.mp4", "b/c.mp4", "d.gif")} == {
+        line["of"]["video"]: line["caption"] for line in made
+    }
+    assert list(captions) == ["a.mp4", "b/c.mp4", "d.gif", "e.mp4"] and not bad
+    assert len(record.read_text().splitlines()) == 4
+
+    # All is known: the model is not even there. Other settings are not known.
+    monkeypatch.setattr("accvideo.captions.Captioner", None)
+    assert caption_folder(videos, settings, record, "cpu", skip_bad=False) == (captions, [])
+    with pytest.raises(TypeError):
+        caption_folder(videos, replace(settings, instruction="?"), record, "cpu", skip_bad=False)
+
+
+def test_a_video_that_cannot_be_read_is_found_before_the_model_is_loaded(videos: Path, model: Path, tmp_path: Path):
+    (videos / "bad.mp4").write_bytes(os.urandom(1000))
+    (videos / "empty.webm").write_bytes(b"")
+    settings = CaptionConfig("no-such-model", "?", 2, 8)
+    with pytest.raises(UserError, match="cannot read the video .*bad.mp4"):
+        caption_folder(videos, settings, tmp_path / "record.jsonl", "cpu", skip_bad=False)
+    captions, bad = caption_folder(
+        videos, replace(settings, model=str(model)), tmp_path / "record.jsonl", "cpu", skip_bad=True
+    )
+    assert len(captions) == 3 and len(bad) == 2
+
+
+def test_what_is_no_model_or_no_folder_of_videos_is_refused(videos: Path, model: Path, tmp_path: Path):
+    record = tmp_path / "record.jsonl"
+    with pytest.raises(UserError, match="cannot load .*\n.*image-text-to-text"):
+        caption_folder(videos, CaptionConfig(str(tmp_path), "?", 2, 8), record, "cpu", skip_bad=False)
+    with pytest.raises(UserError, match="holds no videos"):
+        caption_folder(model, CaptionConfig(str(model), "?", 2, 8), record, "cpu", skip_bad=False)
+    record.write_text('{"caption": 1}\n')
+    with pytest.raises(UserError, match="no file of captions"):
+        caption_folder(videos, CaptionConfig(str(model), "?", 2, 8), record, "cpu", skip_bad=False)
+
+
+def test_the_command_says_what_a_folder_needs(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert run(["prompts", str(videos), "--out", str(tmp_path / "out.txt")]) == 1
+    assert "give it with --model" in capsys.readouterr().err
+    (tmp_path / "in.csv").write_text("prompt,image\na fox,\n")
+    assert run(["prompts", str(tmp_path / "in.csv"), str(videos), "--out", str(tmp_path / "out.txt")]) == 1
+    assert run(["prompts", str(tmp_path / "in.csv"), "--out", str(tmp_path / "out.txt"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_prompts"] == 1
