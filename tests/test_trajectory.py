@@ -1,24 +1,27 @@
-"""A file that is not exactly what was written is never read, and batches are the same whoever asks."""
+"""A file that is not exactly what was written is never read."""
 
+import hashlib
 import json
 import random
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from accvideo.call import DenoiserCall
+from accvideo.manifest import Manifest
 from accvideo.trajectory import (
-    Manifest,
     Trajectory,
-    TrajectoryFolder,
     collate_trajectories,
+    decode_trajectory,
+    encode_trajectory,
     read_trajectory,
-    trajectory_name,
-    verify,
     write_trajectory,
 )
 from accvideo.types import UserError
@@ -77,13 +80,13 @@ def make_manifest(num_trajectories: int) -> Manifest:
     )
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Five trajectories."""
-    (tmp_path / "manifest.json").write_text(make_manifest(5).to_json())
-    for index in range(5):
-        write_trajectory(tmp_path, make_trajectory(index))
-    return tmp_path
+def write_data_set(folder: Path, number: int = 5) -> Path:
+    """A folder of random trajectories."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "manifest.json").write_text(make_manifest(number).to_json())
+    for index in range(number):
+        write_trajectory(folder, make_trajectory(index))
+    return folder
 
 
 def assert_equal(one: Trajectory, other: Trajectory) -> None:
@@ -167,6 +170,175 @@ def test_foreign_files_are_refused(tmp_path):
             read_trajectory(path)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_states_take_no_more_bits_than_they_need(tmp_path, dtype):
+    """And come back as they were, signs of zeros included."""
+    states = torch.randn(3, 4, 2, 3, 3, generator=torch.Generator().manual_seed(0)).to(dtype).float()
+    states[0, 0, 0, 0, 0], states[1, 0, 0, 0, 0] = -0.0, 0.0
+    path = write_trajectory(tmp_path, replace(make_trajectory(0), states=states))
+    assert safetensors.torch.load(path.read_bytes())["states"].dtype == dtype
+    back = read_trajectory(path).states
+    assert back.dtype == torch.float32 and torch.equal(back.view(torch.int32), states.view(torch.int32))
+
+
+def padded(tensor: torch.Tensor, shape: list[int], starts: list[int]) -> torch.Tensor:
+    whole = torch.zeros(shape, dtype=tensor.dtype)
+    whole[tuple(slice(start, start + size) for start, size in zip(starts, tensor.shape, strict=True))] = tensor
+    return whole
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        padded(torch.randn(1, 9, 16).bfloat16(), [1, 512, 16], [0, 0, 0]),  # a prompt's embeddings
+        padded(torch.randn(1, 20, 3, 8, 8), [1, 36, 9, 8, 8], [0, 16, 0, 0, 0]),  # channels of a first frame
+        padded(torch.ones(1, 7).bool(), [1, 512], [0, 0]),
+        padded(torch.full((1, 1), -0.0), [1, 512], [0, 80]),
+        torch.zeros(1, 300, 4),
+        torch.randn(1, 300, 4),
+        torch.zeros(1, 0, 4),
+        padded(torch.randn(1, 4, 4).to(torch.float8_e4m3fn), [1, 512, 8], [0, 100, 2]),
+        torch.tensor([999]),
+        torch.tensor(999).expand(1),  # as pipelines make a timestep of a scalar
+    ],
+)
+def test_padding_is_not_stored(tmp_path, tensor):
+    """Neither of what the key points share nor of what varies, and every bit comes back."""
+    trajectory = make_trajectory(0)
+    other = padded(torch.randn(1, 3), [1, 400], [0, 50])
+    calls = tuple(
+        replace(call, tensors={"embeds": tensor, "varies": other * (k + 1)}, shared={"same": other})
+        for k, call in enumerate(trajectory.calls)
+    )
+    path = write_trajectory(tmp_path, replace(trajectory, calls=calls))
+    for call, own in zip(read_trajectory(path).calls, calls, strict=True):
+        for group, expected in ((call.tensors, own.tensors), (call.shared, own.shared)):
+            assert group.keys() == expected.keys()
+            for name, value in expected.items():
+                assert group[name].shape == value.shape and group[name].dtype == value.dtype
+                assert torch.equal(group[name].view(torch.uint8), value.view(torch.uint8))
+    stored = safetensors.torch.load(path.read_bytes())
+    assert stored["step.varies"].shape == (2, 3) and stored["shared.same"].shape == (1, 3)
+    filled = tensor.contiguous().view(torch.uint8).count_nonzero()
+    assert stored["call.embeds"].nbytes < max(2 * filled, 256) or tensor.count_nonzero() == tensor.numel()
+
+
+def as_format_1(data: bytes) -> bytes:
+    """A file with the zeros around its tensors, as the first format had it."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["accvideo"])
+    tensors = safetensors.torch.load(data)
+    tensors |= {name: padded(tensors[name], *box) for name, box in header.pop("boxes").items()}
+    tensors["states"] = tensors["states"].float()
+    del header["media"]
+    return sealed(tensors, header | {"format": 1})
+
+
+def sealed(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> bytes:
+    """A file of these tensors and this header, with a checksum that is right."""
+    header = {"sha256": "0" * 64} | {name: value for name, value in header.items() if name != "sha256"}
+    data = safetensors.torch.save(tensors, {"accvideo": json.dumps(header)})
+    return data.replace(b"0" * 64, hashlib.sha256(data).hexdigest().encode(), 1)
+
+
+def test_the_first_format_is_read():
+    trajectory = make_trajectory(3)
+    embeds = padded(torch.randn(1, 9, 16).bfloat16(), [1, 512, 16], [0, 0, 0])
+    calls = [replace(call, tensors=call.tensors | {"encoder_hidden_states": embeds}) for call in trajectory.calls]
+    trajectory = replace(trajectory, calls=tuple(calls))
+    data = encode_trajectory(trajectory)
+    old = as_format_1(data)
+    assert len(old) > len(data) + 10_000
+    assert_equal(decode_trajectory(old, "here"), trajectory)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+WHOLE = encode_trajectory(make_trajectory(0))
+HEADER = json.loads(json.loads(WHOLE[8 : 8 + int.from_bytes(WHOLE[:8], "little")])["__metadata__"]["accvideo"])
+TENSORS = safetensors.torch.load(WHOLE)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.binary(max_size=400))
+def test_no_bytes_are_taken_for_a_trajectory(data):
+    for each in (data, len(data).to_bytes(8, "little") + data, WHOLE + data[:1]):
+        if each != WHOLE:
+            with pytest.raises(UserError):
+                decode_trajectory(each, "here")
+
+
+@settings(max_examples=250, deadline=None)
+@given(st.sampled_from([*HEADER, "boxes", "surprise"]), JSON)
+def test_a_header_of_anybody_is_refused_or_read(name, value):
+    """With a right checksum, any value in any field: a trajectory or a message, no other error."""
+    with suppress(UserError):
+        assert isinstance(decode_trajectory(sealed(TENSORS, HEADER | {name: value}), "here"), Trajectory)
+
+
+NAMES = st.sampled_from([*TENSORS, "call.other", "step.other", "nothing", "shared.timestep"])
+SHAPES = st.lists(st.integers(0, 5), max_size=5)
+
+
+@settings(max_examples=150, deadline=None)
+@given(NAMES, SHAPES, st.sampled_from([torch.float32, torch.int64, torch.bool]), st.booleans())
+def test_tensors_of_anybody_are_refused_or_read(name, shape, dtype, instead):
+    tensors = {} if instead else dict(TENSORS)
+    with suppress(UserError):
+        data = sealed(tensors | {name: torch.zeros(shape, dtype=dtype)}, HEADER)
+        assert isinstance(decode_trajectory(data, "here"), Trajectory)
+
+
+def test_boxes_that_claim_terabytes_are_refused():
+    for shape in ([1, 1 << 40, 4], [1 << 70, 3, 4], [1, -3, 4]):
+        header = HEADER | {"boxes": {"call.encoder_hidden_states": [shape, [0, 0, 0]]}}
+        with pytest.raises(UserError, match="checksum matches, but"):
+            decode_trajectory(sealed(TENSORS, header), "here")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"dtype": "load"}, {"format": 3}, {"constants": [{}]}, {"denoisers": 5}, {"index": "0"}, {"prompt": None}],
+)
+def test_headers_that_fit_no_trajectory_are_refused(change):
+    with pytest.raises(UserError, match="here: "):
+        decode_trajectory(sealed(TENSORS, HEADER | change), "here")
+
+
+def resealed(data: bytes) -> bytes:
+    """The file with a checksum that is right, whatever else is in it."""
+    place = data.find(b"sha256") + len(b'sha256\\": \\"')
+    blank = data[:place] + b"0" * 64 + data[place + 64 :]
+    return blank[:place] + hashlib.sha256(blank).hexdigest().encode() + blank[place + 64 :]
+
+
+@pytest.mark.parametrize("number", [500, pytest.param(30_000, marks=pytest.mark.slow)])
+def test_files_changed_on_purpose_are_refused_or_read(number):
+    """Bytes replaced, removed or added anywhere, the header of safetensors included, under a right checksum."""
+    assert resealed(WHOLE) == WHOLE
+    draw, num_read = random.Random(0), 0
+    header = 8 + int.from_bytes(WHOLE[:8], "little")
+    for _ in range(number):
+        data = bytearray(WHOLE)
+        for _ in range(draw.randint(1, 3)):
+            start = draw.randrange(header if draw.random() < 0.8 else len(data))
+            length = draw.choice((0, 1, 1, 2, 5))
+            data[start : start + length] = draw.choice(
+                (b"", b"9", b"-1", b'"', b"[", b"]", b"{", b"}", b",", b"null", b"1e999", bytes([draw.randrange(256)]))
+            )
+        if draw.random() < 0.7:
+            data[:8] = (header - 8 + len(data) - len(WHOLE)).to_bytes(8, "little")
+        try:
+            assert isinstance(decode_trajectory(resealed(bytes(data)), "here"), Trajectory)
+            num_read += 1
+        except UserError as error:
+            assert str(error).startswith("here: ") and len(str(error).splitlines()) <= 2
+    assert 0 < num_read < number / 2
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = write_trajectory(tmp_path, make_trajectory(0))
     before = path.read_bytes()
@@ -178,143 +350,3 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_trajectory(tmp_path, replace(make_trajectory(0), prompt="other"))
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
-
-
-def test_manifest_round_trip():
-    manifest = make_manifest(7)
-    assert Manifest.from_json(manifest.to_json()) == manifest
-    assert torch.equal(manifest.key_sigmas, torch.tensor([1.0, 0.8, 0.0]))
-    assert manifest.differences(replace(manifest, seed=1, dtype="bfloat16")) == ["dtype", "seed"]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"format": 99}, "format 99"),
-        ({"keypoints": [0, 1, 4]}, "key points"),
-        ({"sigmas": [1.0, 0.0]}, "2 sigmas for 4 steps"),
-        ({"surprise": 1}, "surprise"),
-        ({"num_student_steps": 3}, "choose one of"),
-    ],
-)
-def test_bad_manifests_are_refused(change, message):
-    with pytest.raises(UserError, match=message):
-        Manifest.from_json(json.dumps(json.loads(make_manifest(1).to_json()) | change))
-    with pytest.raises(UserError, match="cannot be read"):
-        Manifest.from_json("{")
-
-
-def test_batches_are_deterministic_and_resumable(folder):
-    """Batch n is the same from the start, from n, and from another object; each epoch holds each item once."""
-    data = TrajectoryFolder(folder)
-    run = [batch.indices for batch in islice(data.batches(2, seed=3), 20)]
-    for start in (1, 4, 13):
-        again = TrajectoryFolder(folder).batches(2, seed=3, start=start)
-        assert [batch.indices for batch in islice(again, 20 - start)] == run[start:]
-    drawn = [index for indices in run for index in indices]
-    epochs = [drawn[i : i + 5] for i in range(0, 40, 5)]
-    assert all(sorted(epoch) == list(range(5)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) > 4, "epochs differ"
-    assert run != [batch.indices for batch in islice(data.batches(2, seed=4), 20)]
-
-
-def test_batches_of_some_indices(folder):
-    drawn = [i for batch in islice(TrajectoryFolder(folder).batches(3, 0, indices=[1, 4]), 4) for i in batch.indices]
-    assert all(sorted(drawn[i : i + 2]) == [1, 4] for i in range(0, 12, 2))
-
-
-def test_a_batch_holds_its_trajectories(folder):
-    data = TrajectoryFolder(folder)
-    batch = next(data.batches(3, seed=0))
-    assert batch.states.shape == (3, 3, 4, 2, 3, 3) and batch.denoisers == ("transformer", "transformer_2")
-    for row, index in enumerate(batch.indices):
-        alone = data[index]
-        assert torch.equal(batch.states[row], alone.states) and batch.prompts[row] == alone.prompt
-        for call, own in zip(batch.calls, alone.calls, strict=True):
-            mine = call.select(slice(row, row + 1))
-            assert all(torch.equal(mine.tensors[name], own.tensors[name]) for name in own.tensors)
-
-
-def test_a_small_data_set_is_read_once(folder):
-    data = TrajectoryFolder(folder)
-    for _ in islice(data.batches(2, 0), 5):
-        pass
-    for path in folder.glob("*.safetensors"):
-        path.unlink()
-    assert len(list(islice(data.batches(2, 0), 5))) == 5
-
-
-def test_only_the_files_needed_are_read(folder):
-    (folder / trajectory_name(0)).write_bytes(b"damaged")
-    assert len(list(islice(TrajectoryFolder(folder).batches(1, 0, indices=[1, 2]), 8))) == 8
-
-
-def test_an_incomplete_data_set_is_refused(folder):
-    (folder / trajectory_name(2)).unlink()
-    with pytest.raises(UserError, match="lacks 1 of 5 trajectories, the first is 000002") as error:
-        TrajectoryFolder(folder)
-    assert len(str(error.value).splitlines()) == 2
-    with pytest.raises(UserError, match="no manifest.json"):
-        TrajectoryFolder(folder / "elsewhere")
-
-
-def swap(folder: Path) -> None:
-    one, other = folder / trajectory_name(1), folder / trajectory_name(2)
-    data = one.read_bytes()
-    one.write_bytes(other.read_bytes())
-    other.write_bytes(data)
-
-
-FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
-    "none": (lambda folder: None, []),
-    "missing": (lambda folder: (folder / trajectory_name(1)).unlink(), ["000001.safetensors: missing"]),
-    "empty": (lambda folder: (folder / trajectory_name(1)).write_bytes(b""), ["000001.safetensors: not a trajectory"]),
-    "swapped": (swap, ["000001.safetensors: holds trajectory 2", "000002.safetensors: holds trajectory 1"]),
-    "other seed": (
-        lambda folder: write_trajectory(folder, replace(make_trajectory(1), seed=9)),
-        ["000001.safetensors: was recorded with seed 9"],
-    ),
-    "duplicate": (
-        lambda folder: write_trajectory(folder, replace(make_trajectory(1), index=4)),
-        ["000004.safetensors: has the noise and the prompt of 000001.safetensors"],
-    ),
-    "wrong shape": (
-        lambda folder: write_trajectory(folder, replace(make_trajectory(3), states=torch.ones(3, 4, 2, 3, 5))),
-        ["000003.safetensors: states [3, 4, 2, 3, 5], most others [3, 4, 2, 3, 3]"],
-    ),
-    "too few states": (
-        lambda folder: write_trajectory(folder, replace(make_trajectory(3), states=torch.ones(2, 4, 2, 3, 3))),
-        ["000003.safetensors: has 2 states and 2 calls, not 3 and 2"],
-    ),
-    "not finite": (
-        lambda folder: write_trajectory(folder, replace(make_trajectory(3), states=torch.full((3, 4, 2, 3, 3), 1e999))),
-        ["000003.safetensors: states that are not finite"],
-    ),
-    "other denoiser": (
-        lambda folder: write_trajectory(folder, replace(make_trajectory(3), denoisers=("unet", "unet"))),
-        ["000003.safetensors: was recorded with the denoisers ['unet']"],
-    ),
-    "stray": (
-        lambda folder: (folder / ".000007.safetensors.tmp").write_bytes(b""),
-        [".000007.safetensors.tmp: does not belong"],
-    ),
-    "no manifest": (lambda folder: (folder / "manifest.json").unlink(), ["is not a data set"]),
-    "bad manifest": (lambda folder: (folder / "manifest.json").write_text("{"), ["manifest.json cannot be read"]),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_verify_names_what_is_wrong(folder, fault):
-    """Each bad file is named, and no good one."""
-    damage, expected = FAULTS[fault]
-    damage(folder)
-    problems = verify(folder)
-    assert len(problems) == len(expected)
-    assert all(part in problem for part, problem in zip(expected, problems, strict=True)), problems
-
-
-@pytest.mark.parametrize("fault", ["swapped", "other seed", "too few states", "other denoiser"])
-def test_misplaced_files_do_not_reach_training(folder, fault):
-    FAULTS[fault][0](folder)
-    with pytest.raises(UserError, match="safetensors"):
-        list(islice(TrajectoryFolder(folder).batches(1, 0), 5))

@@ -183,7 +183,13 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are equal, signs of zeros included."""
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
-    return torch.equal(*(each.contiguous().view(-1).view(torch.uint8) for each in (one, other)))
+    return torch.equal(bits(one), bits(other))
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The bytes of each value, on a further axis."""
+    # A copy: a tensor of one value counts as contiguous whatever its strides.
+    return tensor.clone(memory_format=torch.contiguous_format).unsqueeze(-1).view(torch.uint8)
 
 
 def narrow(states: Tensor) -> Tensor:
@@ -197,7 +203,7 @@ def narrow(states: Tensor) -> Tensor:
 def crop(tensor: Tensor) -> tuple[Tensor, list[int]]:
     """The smallest box of a tensor outside of which all bits are 0, and where it begins on each axis."""
     # Bits, not values: -0.0 is kept.
-    filled = tensor.contiguous().unsqueeze(-1).view(torch.uint8).any(-1)
+    filled = bits(tensor).any(-1)
     starts = []
     for axis in range(tensor.ndim):
         others = [each for each in range(tensor.ndim) if each != axis]
