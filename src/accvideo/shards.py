@@ -16,7 +16,7 @@ from functools import cached_property
 from itertools import accumulate
 
 from accvideo.schema import parse
-from accvideo.storage import MAX_TEXT_BYTES, Storage
+from accvideo.storage import MAX_BYTES, MAX_TEXT_BYTES, Storage
 from accvideo.trajectory import trajectory_name
 from accvideo.types import UserError
 
@@ -54,8 +54,8 @@ class ShardIndex:
             raise UserError(f"{INDEX}: format {self.format}; this version of accvideo reads 1")
         if self.sha256 != self.checksum(self.sizes):
             raise ValueError("its checksum does not match")
-        if any(size < 1 for sizes in self.sizes for size in sizes) or not all(self.sizes):
-            raise ValueError("sizes below 1, or a shard with nothing in it")
+        if not all(1 <= size <= MAX_BYTES for sizes in self.sizes for size in sizes) or not all(self.sizes):
+            raise ValueError(f"sizes that are not from 1 to {MAX_BYTES}, or a shard with nothing in it")
 
     @staticmethod
     def checksum(sizes: list[list[int]]) -> str:
