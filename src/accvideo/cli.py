@@ -24,6 +24,7 @@ COMMANDS = {
     "evaluate": ("accvideo.evaluate", "compare a student with its teacher and write a report"),
     "plan": ("accvideo.plan", "hours, memory and disk that a released teacher will take, before any download"),
     "analyze toy": ("accvideo.analysis.toy", "repeat the paper's 1-D study, and what it left out"),
+    "analyze keypoints": ("accvideo.analysis.keypoints", "choose key points from trajectories recorded in full"),
     "playground prompts": ("accvideo.playground.prompts", "write prompts of the playground's world to a file"),
     "playground train": ("accvideo.playground.train", "train the playground's teacher anew"),
 }

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from accvideo.flow import keypoint_indices
 from accvideo.schema import parse
 from accvideo.storage import MAX_TEXT_BYTES, Storage, open_storage
 from accvideo.types import Sigmas, UserError
@@ -71,8 +70,12 @@ class Manifest:
             raise UserError(f"{MANIFEST}: {self.num_trajectories} trajectories; allowed are 1 to {MAX_TRAJECTORIES:,}")
         if len(self.sigmas) != self.num_steps + 1:
             raise UserError(f"{MANIFEST}: {len(self.sigmas)} sigmas for {self.num_steps} steps")
-        if self.keypoints != keypoint_indices(self.num_steps, self.num_student_steps):
-            raise UserError(f"{MANIFEST}: key points {self.keypoints} are not {self.num_student_steps} even steps")
+        rising = self.keypoints == sorted(set(self.keypoints)) and len(self.keypoints) == self.num_student_steps + 1
+        if not rising or (self.keypoints[0], self.keypoints[-1]) != (0, self.num_steps):
+            raise UserError(
+                f"{MANIFEST}: key points {self.keypoints} are not {self.num_student_steps} steps from 0 to "
+                f"{self.num_steps}"
+            )
         if any(part.keys() != {"seed", "num_trajectories"} or part["num_trajectories"] < 1 for part in self.parts) or (
             self.parts and sum(part["num_trajectories"] for part in self.parts) != self.num_trajectories
         ):

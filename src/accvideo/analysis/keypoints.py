@@ -1,0 +1,217 @@
+"""Chooses key points from recorded trajectories that kept every state, and measures what each choice leaves to bend."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tyro.conf import Positional
+
+from accvideo.analysis.figure import Panel, color, dot, figure, markdown_table, polyline
+from accvideo.analysis.folder import open_analysis, origin, write_results
+from accvideo.analysis.grids import Costs, best_grid, best_shift, even_grid, grid_cost, secant_costs, start_costs
+from accvideo.charts import Plot, log_ticks
+from accvideo.dataset import TrajectoryFolder
+from accvideo.manifest import MANIFEST, Manifest
+from accvideo.trajectory import Trajectory, write_trajectory, write_whole
+from accvideo.types import UserError
+
+Choice = Literal["uniform", "shift", "dynamic"]
+CHOICES: tuple[Choice, ...] = ("uniform", "shift", "dynamic")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeypointsConfig:
+    """Chooses key points from trajectories recorded in full: evenly, by a shift, or by dynamic programming.
+
+    Record them with `accvideo record ... --num-steps 50 --num-student-steps 50`. Writes keypoints.json, .md, .svg.
+    """
+
+    data: Positional[Path]
+    """Folder of trajectories with every state of the teacher's."""
+    out: Path
+    """Folder for numbers, table and figure."""
+    num_student_steps: tuple[int, ...] = (1, 2, 3, 4, 5, 8, 10)
+    """Numbers of steps K."""
+    write: Choice | None = None
+    """Also write the data set with this choice of key points alone, for `accvideo distill`, to `data-CHOICE-K` in the
+    folder, for each K."""
+
+    def __post_init__(self) -> None:
+        if not self.num_student_steps or min(self.num_student_steps) < 1:
+            raise UserError(f"num_student_steps is {self.num_student_steps}; give numbers from 1")
+
+
+def keypoints(config: KeypointsConfig) -> dict[str, Any]:
+    """Choose on the first half of the trajectories, measure on the other, and write numbers, table and figure.
+
+    Raises:
+        UserError: the data set lacks states, or has fewer steps than asked for.
+    """
+    folder = TrajectoryFolder(config.data)
+    check_states(folder.manifest, config)
+    open_analysis(config.out, {"data": str(config.data), "num_student_steps": list(config.num_student_steps)})
+    indices = range(len(folder))
+    half = len(indices) // 2
+    chosen_on, measured_on = (indices[:half], indices[half:]) if half else (indices, indices)
+    train, test = (mean_costs(folder, part) for part in (chosen_on, measured_on))
+    levels = folder.manifest.sigmas
+    rows = [
+        measure(choice, grid, train, test) | {"sigmas": [levels[i] for i in grid["keypoints"]]}
+        for num_student_steps in config.num_student_steps
+        for choice, grid in grids(train["secant"], num_student_steps).items()
+    ]
+    results = {
+        "command": f"accvideo analyze keypoints {config.data} --out DIR",
+        **origin(),
+        "teacher": folder.manifest.teacher,
+        "num_steps": folder.manifest.num_steps,
+        "num_trajectories": {"chosen_on": len(chosen_on), "measured_on": len(measured_on)},
+        "rows": rows,
+    }
+    if config.write is not None:
+        for row in rows:
+            if row["choice"] == config.write:
+                out = config.out / f"data-{config.write}-{len(row['keypoints']) - 1}"
+                write_part(folder, row["keypoints"], out)
+    return write_results(config.out, "keypoints", results, keypoints_table(rows), keypoints_figure(rows))
+
+
+def check_states(manifest: Manifest, config: KeypointsConfig) -> None:
+    """Refuses a data set without all states, and student steps that it has not enough of.
+
+    Raises:
+        UserError: as said.
+    """
+    num_steps = manifest.num_steps
+    if manifest.num_student_steps != num_steps:
+        raise UserError(
+            f"{config.data} keeps {len(manifest.keypoints)} of {num_steps + 1} states; choosing needs all of them\n"
+            f"Record with --num-steps {num_steps} --num-student-steps {num_steps}"
+        )
+    if max(config.num_student_steps) > num_steps:
+        raise UserError(f"num_student_steps is {config.num_student_steps}; the teacher took {num_steps} steps")
+
+
+def mean_costs(folder: TrajectoryFolder, indices: Sequence[int]) -> dict[str, Costs]:
+    """Costs of all steps as means over some trajectories, one read after the other: `secant` and `start`."""
+    sigmas = torch.tensor(folder.manifest.sigmas, dtype=torch.float64)
+    totals: dict[str, Costs] = {}
+    for index in indices:
+        states = folder[index].states[None]
+        for name, costs in (("secant", secant_costs(states, sigmas)), ("start", start_costs(states, sigmas))):
+            totals[name] = totals.get(name, torch.zeros_like(costs)) + costs / len(indices)
+    return totals
+
+
+def grids(costs: Costs, num_student_steps: int) -> dict[Choice, dict[str, Any]]:
+    """The three choices of key points for a student, and the relative shift of the second."""
+    num_steps = len(costs) - 1
+    shifted = best_shift(num_steps, num_student_steps, partial(grid_cost, costs))
+    return {
+        "uniform": {"keypoints": even_grid(num_steps, num_student_steps)},
+        "shift": asdict(shifted),
+        "dynamic": {"keypoints": best_grid(costs, num_student_steps)},
+    }
+
+
+def measure(
+    choice: Choice, grid: Mapping[str, Any], train: Mapping[str, Costs], test: Mapping[str, Costs]
+) -> dict[str, Any]:
+    """What a choice leaves: bend as a share of that of a single step, on both halves, and the student's first error."""
+    points = grid["keypoints"]
+    return {
+        "choice": choice,
+        "num_student_steps": len(points) - 1,
+        **grid,
+        "bend": grid_cost(test["secant"], points) / max(float(test["secant"][0, -1]), 1e-30),
+        "bend_chosen_on": grid_cost(train["secant"], points) / max(float(train["secant"][0, -1]), 1e-30),
+        "start_error": grid_cost(test["start"], points),
+    }
+
+
+def keep_states(trajectory: Trajectory, points: Sequence[int]) -> Trajectory:
+    """A trajectory recorded in full, with the states and calls of these key points alone."""
+    return replace(
+        trajectory,
+        states=trajectory.states[list(points)],
+        calls=tuple(trajectory.calls[i] for i in points[:-1]),
+        denoisers=tuple(trajectory.denoisers[i] for i in points[:-1]),
+    )
+
+
+def write_part(folder: TrajectoryFolder, points: Sequence[int], out: Path) -> None:
+    """Write the data set with these key points alone.
+
+    A student of uneven steps runs by accvideo's own scheduler, so `nested_schedule` is off.
+    """
+    manifest = replace(
+        folder.manifest, keypoints=list(points), num_student_steps=len(points) - 1, nested_schedule=False
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    for index in range(len(folder)):
+        write_trajectory(out, keep_states(folder[index], points))
+    write_whole(out / MANIFEST, manifest.to_json().encode())
+
+
+def keypoints_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The choices and what they leave, in Markdown."""
+    header = ["K, choice", "bend left, %", "on the half chosen on, %", "first error", "relative shift", "key points"]
+    lines = [
+        [
+            f"{row['num_student_steps']}, {row['choice']}",
+            f"{100 * row['bend']:.3g}",
+            f"{100 * row['bend_chosen_on']:.3g}",
+            f"{row['start_error']:.3g}",
+            f"{row['shift']:.3g}" if "shift" in row else "–",
+            " ".join(map(str, row["keypoints"])),
+        ]
+        for row in rows
+    ]
+    return (
+        "Bend: the squared difference of the teacher's velocity and the student's straight steps, over all noise "
+        "levels, as a share of that of one straight step from noise to video; on trajectories that the key points "
+        "were not chosen on.\nFirst error: mean squared distance from the teacher's states where the teacher's own "
+        f"velocity leads, summed over the steps.\n\n{markdown_table(header, lines)}"
+    )
+
+
+def keypoints_figure(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Both errors against the number of steps, and where the key points are."""
+    panels = [
+        error_panel(rows, "bend", "Bend left by straight steps", "share of a single step's; lower is better"),
+        error_panel(rows, "start_error", "Error before any training", "mean squared, summed over steps"),
+    ]
+    panels += [place_panel(rows, choice) for choice in CHOICES]
+    return figure(panels)
+
+
+def error_panel(rows: Sequence[Mapping[str, Any]], name: str, title: str, note: str) -> Panel:
+    """One error against the number of steps, a curve a choice."""
+    points = {
+        choice: [(row["num_student_steps"], row[name]) for row in rows if row["choice"] == choice and row[name] > 0]
+        for choice in CHOICES
+    }
+    values = [y for curve in points.values() for _, y in curve] or [1.0]
+    numbers = sorted({row["num_student_steps"] for row in rows})
+    limits = (min(values) / 1.3, max(values) * 1.3)
+    plot = Plot((numbers[0] / 1.2, numbers[-1] * 1.2), limits, x_log=True, y_log=True)
+    marks = "".join(polyline(plot, curve, color(i + 1)) for i, curve in enumerate(points.values()) if curve)
+    chart = plot.svg(marks, "steps of the student (logarithmic)", log_ticks(*limits), numbers, title)
+    return Panel(title, note, chart, [(choice, color(i + 1)) for i, choice in enumerate(CHOICES)])
+
+
+def place_panel(rows: Sequence[Mapping[str, Any]], choice: Choice) -> Panel:
+    """The noise levels of the key points for each number of steps."""
+    mine = [row for row in rows if row["choice"] == choice]
+    numbers = [row["num_student_steps"] for row in mine]
+    plot = Plot((1, 0), (0, len(mine)))
+    tint, marks = color(CHOICES.index(choice) + 1), ""
+    for number, row in enumerate(mine):
+        height = len(mine) - number - 0.5
+        marks += f'<text x="38" y="{plot.y(height) + 4:.1f}" text-anchor="end">{numbers[number]}</text>'
+        marks += "".join(dot(plot, sigma, height, tint) for sigma in row["sigmas"])
+    chart = plot.svg(marks, "noise level", (), (1, 0.8, 0.6, 0.4, 0.2, 0), f"key points, {choice}")
+    return Panel(f"Key points, {choice}", "one row for each number of steps", chart)
