@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 from torch import nn
 
 from accvideo.checkpoint import (
+    Checkpoint,
+    Checkpoints,
     MetricsLog,
     checkpoints,
     load_checkpoint,
@@ -15,6 +18,7 @@ from accvideo.checkpoint import (
     read_metrics,
     restore_optimizer,
     save_checkpoint,
+    write_checkpoint,
 )
 from accvideo.types import UserError
 
@@ -25,11 +29,45 @@ def test_only_the_last_checkpoint_is_kept_and_a_half_written_one_is_not_seen(tmp
         save_checkpoint(
             tmp_path / "checkpoints", iteration, {"x": torch.full((2,), iteration)}, {"iteration": iteration}
         )
-    (tmp_path / "checkpoints/.partial").mkdir()
-    (tmp_path / "checkpoints/.partial/tensors.safetensors").write_bytes(b"half")
+    half = tmp_path / "checkpoints/00000200"
+    half.mkdir()
+    (half / ".rank-0-of-1.safetensors.partial").write_bytes(b"half")
+    half = tmp_path / "checkpoints/00000300"
+    save_checkpoint(tmp_path / "elsewhere", 300, {"x": torch.zeros(2)}, {})
+    shutil.copytree(tmp_path / "elsewhere/00000300", half)
+    (half / "state.json").write_text((half / "state.json").read_text().replace('"num_files": 1', '"num_files": 2'))
     found = load_checkpoint(tmp_path / "checkpoints")
     assert found is not None and found[0]["x"].tolist() == [100, 100] and found[1] == {"iteration": 100}
     assert len(checkpoints(tmp_path / "checkpoints")) == 1
+    newest = Checkpoints(tmp_path / "checkpoints").newest()
+    assert newest is not None and newest.folder.name == "00000100"
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000100"]
+
+
+def test_a_checkpoint_in_the_background_is_of_the_moment_it_was_asked_for(tmp_path: Path):
+    """Tensors may change while they are written, and the one before is kept until they are."""
+    tensor = torch.zeros(1_000_000)
+    with Checkpoints(tmp_path) as written:
+        for iteration in range(4):
+            written.save(iteration, {"x": tensor, "half": tensor[:2]}, {"iteration": iteration})
+            tensor += 1
+            assert iteration == 0 or checkpoints(tmp_path)[0].name == f"{iteration - 1:08d}"
+    assert len(list(tmp_path.iterdir())) == 1
+    newest = Checkpoints(tmp_path).newest()
+    assert newest is not None and newest.state == {"iteration": 3} and newest.read("half").tolist() == [3, 3]
+    assert newest.read("x").eq(3).all() and newest.read("x", 5, 8).tolist() == [3, 3, 3]
+
+
+def test_pieces_of_a_tensor_are_read_as_one(tmp_path: Path):
+    x = torch.randn(5, 2)
+    write_checkpoint(tmp_path / "00000007", {"a/x@3": x[3:].clone()}, {}, 1, 2)
+    assert checkpoints(tmp_path) == []
+    write_checkpoint(tmp_path / "00000007", {"a/x@0": x[:3].clone(), "a/n": torch.tensor(4)}, {}, 0, 2)
+    checkpoint = Checkpoint(checkpoints(tmp_path)[0])
+    assert sorted(checkpoint.names("a")) == ["n", "x"] and checkpoint.read("a/n") == 4
+    for start in range(6):
+        for stop in range(start, 6):
+            assert torch.equal(checkpoint.read("a/x", start, stop), x[start:stop])
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -40,7 +78,10 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(UserError, match="cannot write the checkpoint of iteration 2 .*No space left"):
         save_checkpoint(tmp_path / "checkpoints", 2, {"x": torch.ones(1)}, {})
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000001"]
+    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["00000001"]
+    with pytest.raises(UserError, match="No space left"), Checkpoints(tmp_path / "checkpoints") as written:
+        written.save(2, {"x": torch.ones(1)}, {})
+    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["00000001"]
 
 
 def test_a_restored_optimizer_goes_on_as_the_first():
