@@ -1,13 +1,17 @@
 """What is recorded depends on the configuration alone, however often the recorder is stopped."""
 
-import errno
+import functools
 import json
 import os
+import resource
 import signal
+import subprocess
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -17,12 +21,16 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 import accvideo.record as stage
 from accvideo.call import replay
 from accvideo.command import Prompt, read_prompts
+from accvideo.dataset import TrajectoryFolder
 from accvideo.flow import euler_step
-from accvideo.record import RecordConfig, record
+from accvideo.record import RecordConfig, Recorder, own_device, record
 from accvideo.teacher import denoisers, item_generator, load_pipeline, watch
-from accvideo.trajectory import TrajectoryFolder, read_trajectory, trajectory_name, verify, write_trajectory
+from accvideo.trajectory import read_trajectory, trajectory_name, write_trajectory
 from accvideo.types import UserError
+from accvideo.verify import problems as verify
+from accvideo.workers import Place
 from tests.test_trajectory import make_manifest
+from tests.test_workers import end_of, fork
 from tests.tiny import TINY_CALL, TINY_FAMILIES, tiny_image, tiny_wan_i2v_pipeline, tiny_wan_pipeline
 
 SIZES: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 5, "pipeline_arg": ("max_sequence_length=16",)}
@@ -39,7 +47,9 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def config(teachers: Path, tmp_path: Path) -> RecordConfig:
+def config(teachers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RecordConfig:
+    """Five trajectories in blocks of two, of a teacher that is loaded once for all tests."""
+    monkeypatch.setattr(stage, "load_pipeline", loaded_pipeline)
     (tmp_path / "prompts.txt").write_text("red square\n\n  a blue circle \ngreen\n")
     return RecordConfig(
         teacher=str(teachers / "dpm"),
@@ -53,8 +63,27 @@ def config(teachers: Path, tmp_path: Path) -> RecordConfig:
     )
 
 
+@pytest.fixture
+def quick(config: RecordConfig) -> RecordConfig:
+    """Twelve trajectories of two steps each in blocks of two: a tenth of a second of work."""
+    return replace(config, num_steps=2, num_student_steps=1, guidance_scale=1.0, num_trajectories=12)
+
+
+loaded_pipeline = functools.cache(load_pipeline)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def work(config: RecordConfig, rank: int = 0, num_workers: int = 1) -> Callable[[], int]:
+    """What a worker does that torchrun has started; the result is how many trajectories it wrote."""
+
+    def run() -> int:
+        os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(num_workers)})
+        return record(config)["num_recorded"]
+
+    return run
 
 
 def breaking_pipeline(error: BaseException, after: int) -> Callable[..., Any]:
@@ -169,27 +198,137 @@ def test_a_recording_goes_on_where_it_stopped(config, tmp_path, monkeypatch):
         assert contents(again.out) == whole
 
 
-def test_killed_recorders_leave_nothing_bad(config, tmp_path):
-    """SIGKILL once there are some files: what is left is whole, and resumes to what it would have been."""
-    longer = replace(config, num_trajectories=24)
-    record(longer)
-    whole = contents(longer.out)
-    again = replace(longer, out=tmp_path / "killed")
-    for num_files in (1, 4, 10, 17):
-        pid = os.fork()
-        if pid == 0:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            record(again)
-            os._exit(0)
-        deadline = time.monotonic() + 60
-        while len(list(again.out.glob("*"))) < num_files and time.monotonic() < deadline:
-            time.sleep(0.001)
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        left = {name: data for name, data in contents(again.out).items() if not name.startswith(".")}
-        assert left.items() <= whole.items() and num_files - 1 <= len(left) < len(whole)
-    record(again)
-    assert contents(again.out) == whole and verify(again.out) == []
+@pytest.mark.parametrize("ranks", [[0, 1, 2], [0, 0]])
+def test_any_number_of_workers_record_the_same_bytes(quick, tmp_path, ranks):
+    """Three of torchrun's, or two that know nothing of each other: none does what another has done."""
+    record(quick)
+    shared = replace(quick, out=tmp_path / "shared")
+    pids = [fork(work(shared, rank, max(ranks) + 1)) for rank in ranks]
+    assert sum(end_of(pid) for pid in pids) == 12
+    assert contents(shared.out) == contents(quick.out)
+
+
+def killed_at_random(config: RecordConfig, tmp_path: Path, num_kills: int, num_workers: int) -> None:
+    """SIGKILL to each of some workers at a moment of its own, again and again; then the recording is finished.
+
+    What is left after each kill is whole, and what comes out in the end is what one worker records undisturbed.
+    """
+    began = time.monotonic()
+    assert end_of(fork(work(config))) == 12
+    seconds, whole = time.monotonic() - began, contents(config.out)
+    random, kills, rounds = Random(num_workers), 0, 0
+    while kills < num_kills:
+        again = replace(config, out=tmp_path / f"killed-{rounds}")
+        again.out.mkdir()
+        for _ in range(random.randint(1, 3)):
+            pids = [fork(work(again, rank, num_workers)) for rank in range(num_workers)]
+            began = time.monotonic()
+            for moment, pid in sorted((random.uniform(0, seconds), pid) for pid in pids):
+                time.sleep(max(0.0, began + moment - time.monotonic()))
+                os.kill(pid, signal.SIGKILL)
+            kills += sum(end_of(pid) == -signal.SIGKILL for pid in pids)
+            left = {name: data for name, data in contents(again.out).items() if not name.startswith(".")}
+            assert left.items() <= whole.items()
+        record(again)
+        assert contents(again.out) == whole and verify(again.out) == []
+        rounds += 1
+
+
+def test_killed_recorders_leave_nothing_bad(quick, tmp_path):
+    killed_at_random(quick, tmp_path, num_kills=5, num_workers=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_kills", "num_workers"), [(50, 1), (30, 3)])
+def test_many_killed_recorders_leave_nothing_bad(quick, tmp_path, num_kills, num_workers):
+    killed_at_random(quick, tmp_path, num_kills, num_workers)
+
+
+@pytest.mark.slow
+def test_the_others_do_what_a_killed_worker_leaves(quick, tmp_path):
+    """At ten random moments: the two that live end with everything in the folder."""
+    record(quick)
+    whole, random = contents(quick.out), Random(0)
+    for number in range(10):
+        again = replace(quick, out=tmp_path / f"killed-{number}")
+        pids = [fork(work(again, rank, 3)) for rank in range(3)]
+        time.sleep(random.uniform(0, 1))
+        os.kill(killed := random.choice(pids), signal.SIGKILL)
+        assert all(end_of(pid) >= 0 for pid in pids if pid != killed)
+        end_of(killed)
+        assert {name: data for name, data in contents(again.out).items() if not name.startswith(".")} == whole
+
+
+def test_a_block_is_waited_for_and_taken_over_when_its_worker_dies(quick, capsys):
+    def hang() -> None:
+        recorder = Recorder(quick, Place())
+        recorder.pipeline.transformer.register_forward_pre_hook(lambda *_: time.sleep(600))
+        recorder.record(recorder.missing()[0])
+
+    pid = fork(hang)
+    while not (quick.out / ".block-0.claim").exists():
+        time.sleep(0.01)
+    kill = threading.Timer(3, os.kill, (pid, signal.SIGKILL))
+    kill.start()
+    assert record(quick)["num_recorded"] == 12
+    kill.join()
+    assert end_of(pid) == -signal.SIGKILL
+    assert "waiting for 1 blocks that other recorders are at" in capsys.readouterr().err
+    assert verify(quick.out) == []
+
+
+def test_two_configurations_in_one_folder_at_once_are_refused(quick, tmp_path):
+    """The one that comes second, before its first call if it can be known by then; what is there is the other's."""
+    other = replace(quick, seed=1)
+    with Recorder(quick, Place()) as one, Recorder(other, Place()) as two:
+        assert one.record(one.missing()[0])
+        one.writer.wait()
+        before = contents(quick.out)
+        with pytest.raises(UserError, match="another configuration: seed 0 -> 1"):
+            two.record(two.missing()[-1])
+    assert contents(quick.out).items() <= before.items() and verify(quick.out) != []
+    with Recorder(replace(quick, out=tmp_path / "new"), Place()) as one:
+        one.claims.take("block-0")
+        with pytest.raises(UserError, match=f"process {os.getpid()} on .* is recording another configuration"):
+            Recorder(replace(other, out=tmp_path / "new"), Place())
+    assert contents(tmp_path / "new") == {}
+
+
+def test_the_larger_of_two_numbers_of_trajectories_counts(quick):
+    """Two recorders of one data set, one of which is to extend it."""
+    with Recorder(quick, Place()) as one, Recorder(replace(quick, num_trajectories=14), Place()) as two:
+        assert two.record(two.missing()[-1]) and not one.manifest.denoiser_calls
+        with pytest.raises(UserError, match="is for 14 trajectories already"):
+            one.record(one.missing()[0])
+    assert record(replace(quick, num_trajectories=14))["num_recorded"] == 12
+    assert verify(quick.out) == []
+
+
+def test_each_worker_reads_its_share_whole(quick):
+    """And the headers of all files: a flipped bit is found by one, a truncated file by each."""
+    record(quick)
+    flipped, truncated = quick.out / trajectory_name(3), quick.out / trajectory_name(8)
+    data = bytearray(flipped.read_bytes())
+    data[-1] ^= 1
+    flipped.write_bytes(data)
+    truncated.write_bytes(truncated.read_bytes()[:-1])
+    found = []
+    for rank in range(2):
+        with Recorder(quick, Place(rank, 2)) as recorder:
+            found.append([(block.number, block.damaged) for block in recorder.missing()])
+    assert found == [[(4, (8,))], [(1, (3,)), (4, (8,))]]
+    assert sum(end_of(fork(work(quick, rank, 2))) for rank in range(2)) == 2
+    assert verify(quick.out) == []
+
+
+def test_a_worker_takes_the_accelerator_of_its_own(monkeypatch):
+    """By its number on its machine; with one accelerator in sight (as SLURM may give it), that one."""
+    place = Place(rank=13, num_workers=16, local_rank=5)
+    assert own_device("cpu", place) == "cpu" and own_device("cuda:2", place) == "cuda:2"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for count, device in ((8, "cuda:5"), (1, "cuda:0")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        assert own_device("auto", place) == own_device("cuda", place) == device
 
 
 def test_bytes_do_not_depend_on_how_many_are_asked_for(config, tmp_path):
@@ -300,25 +439,89 @@ def test_no_prompts(config, text):
         record(config)
 
 
-def test_a_full_disk_leaves_nothing_half_written(config, monkeypatch):
+def test_a_file_that_may_not_be_written_leaves_nothing_half_written(quick, tmp_path):
+    """A limit on the size of files: a clear error, nothing but the manifest; without it the same command goes on."""
+    record(quick)
+    size = (quick.out / trajectory_name(0)).stat().st_size
+    again = replace(quick, out=tmp_path / "limited")
+
+    def limited() -> int:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, size - 1))
+        with pytest.raises(UserError, match="File too large") as error:
+            record(again)
+        return len(str(error.value).splitlines())
+
+    assert end_of(fork(limited)) == 2
+    assert contents(again.out).keys() == {"manifest.json"}
+    record(again)
+    assert contents(again.out) == contents(quick.out)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Any:
+    """A disk of 32 kB, if this process may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "none", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("may not mount a disk")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_leaves_nothing_half_written(quick, small_disk):
     """A clear error, whole files only, and the same command goes on once there is space."""
-    write = Path.write_bytes
-    written = []
-
-    def full(path: Path, data: bytes) -> int:
-        written.append(path)
-        if len(written) > 3:  # the manifest and two trajectories fit
-            write(path, data[: len(data) // 2])
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(path, data)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", full)
-        with pytest.raises(UserError, match="No space left on device") as error:
-            record(config)
+    record(quick)
+    again = replace(quick, out=small_disk / "data")
+    with pytest.raises(UserError, match="No space left on device") as error:
+        record(again)
     assert len(str(error.value).splitlines()) == 2
-    assert sorted(contents(config.out)) == ["000000.safetensors", "000001.safetensors", "manifest.json"]
-    assert record(config)["num_recorded"] == 3 and verify(config.out) == []
+    whole, left = contents(quick.out), contents(again.out)
+    assert left.items() <= whole.items() and 2 < len(left) < len(whole)
+    subprocess.run(["mount", "-o", "remount,size=10m", small_disk], check=True)
+    assert record(again)["num_recorded"] == len(whole) - len(left)
+    assert contents(again.out) == whole
+
+
+def test_prompts_of_any_length_and_script(quick):
+    """100,000 characters, control characters, other scripts: recorded, whole, and given back as they were."""
+    prompts = [
+        "a red square " * 7700,
+        "nul \0 bell \a escape \x1b[31m form feed \f tab \t next line \x85 line separator \u2028 end",
+        "مربع أحمر",
+        "红色的方块",
+        "लाल वर्ग",
+        "👩‍👩‍👧‍👦 e\u0301 \u202eright to left\u202c \U0010ffff",
+        '"quotes", \\ and {braces} ' + "0" * 64,
+    ]
+    lines = [json.dumps({"prompt": prompt}, ensure_ascii=number % 2 == 0) for number, prompt in enumerate(prompts)]
+    config = replace(quick, prompts=quick.prompts.with_suffix(".jsonl"), num_trajectories=None, batch_size=1)
+    config.prompts.write_text("\n".join(lines), "utf-8")
+    quick.prompts.write_text("\n".join(prompts), "utf-8")
+    stripped = [prompt.strip() for prompt in prompts]
+    assert read_prompts(quick.prompts) == read_prompts(config.prompts) == stripped
+    record(config)
+    data = TrajectoryFolder(config.out)
+    assert [data[i].prompt for i in range(len(data))] == stripped
+    assert verify(config.out) == [] and record(config)["num_recorded"] == 0
+
+
+@pytest.mark.parametrize("family", ["wan-unipc", "wan-experts", "hunyuan", "ltx", "mochi"])
+def test_several_prompts_at_once_are_recorded_as_one_by_one(family, config, monkeypatch):
+    """Within rounding: states of length 1 differ by less than 1e-5."""
+    make, arguments = TINY_FAMILIES[family]
+    pipeline = make()
+    monkeypatch.setattr(stage, "load_pipeline", lambda *_: pipeline)
+    monkeypatch.setattr(stage, "pipeline_defaults", lambda _: {"pipeline_args": arguments})
+    sets = []
+    for size in (1, 3):
+        out = config.out / str(size)
+        record(replace(config, out=out, num_trajectories=3, batch_size=size, guidance_scale=3.0, pipeline_arg=()))
+        sets.append(TrajectoryFolder(out))
+    for index in range(3):
+        one, several = (data[index] for data in sets)
+        assert torch.equal(one.states[0], several.states[0])
+        assert torch.allclose(one.states, several.states, rtol=0, atol=1e-5 * one.states.abs().max().item())
 
 
 def test_noise_levels_that_plain_diffusers_cannot_visit_are_told(config, teachers, tmp_path, capsys):
@@ -398,6 +601,19 @@ def test_each_prompt_has_its_image(image_config, tmp_path):
     image_config.prompts.write_text("prompt,image\nred square,1.png\ngreen,\n")
     with pytest.raises(UserError, match='000000.*"0.png".*"1.png"'):
         record(image_config)
+
+
+@pytest.mark.parametrize(("name", "number"), [("0.png", 0), ("1.png", 1)])
+def test_an_image_changed_under_its_name_is_noticed(image_config, tmp_path, name, number):
+    """A prompt's own, or the one for all."""
+    record(image_config)
+    before = (tmp_path / name).read_bytes()
+    tiny_image(2).save(tmp_path / name)
+    with pytest.raises(UserError, match=f"00000{number}.* with another image in .*{name}") as error:
+        record(image_config)
+    assert len(str(error.value).splitlines()) == 2
+    (tmp_path / name).write_bytes(before)
+    assert record(image_config)["num_recorded"] == 0
 
 
 @pytest.mark.parametrize(

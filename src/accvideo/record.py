@@ -305,7 +305,7 @@ class Recorder:
             changed = sorted(name for name in media.keys() | now.keys() if media.get(name) != now.get(name))
             file = {**self.arguments, **prompt.arguments}.get(changed[0])
             raise UserError(
-                f"{path} was recorded with another {changed[0]} in {shorten(file)} than is there now\n"
+                f"{path} was recorded with another {changed[0]} in {file} than is there now\n"
                 "Restore that file, or give another folder"
             )
         return None
