@@ -4,6 +4,8 @@
 
 `--against step`: the whole alternating step (trajectory loss, rollout, generator and head updates) written by hand.
 `--against regression`: a full-weight regression step alone, written by hand; the ratio is what the rest costs.
+`--parts`: the parts of such steps one by one, in CPU seconds and floating-point operations: where the time goes, and
+the least that any implementation takes.
 
 Models have random weights: `playground` is the embedded teacher's size (width 192, 8 blocks, 80 tokens), `9m` a Wan of
 9 million parameters (width 256, 8 heads, 8 blocks, feed-forward 1024) on 480 tokens, with a text of 32x128. All sides
@@ -19,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,9 @@ from typing import Any
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import mse_loss, softplus
+from torch.utils.flop_counter import FlopCounterMode
 
 RANK = 16
 _UNIFORM = torch.linspace(1, 0, 6)
@@ -75,10 +79,10 @@ class Setting:
         return WanTransformer3DModel(**self.model).eval()
 
 
-def ours(setting: Setting, **settings: Any) -> Sweep:
-    """One sweep of `accvideo.distill.train`; settings are those of `accvideo distill`."""
+def begin(setting: Setting, **settings: Any) -> tuple[Any, Any, Any]:
+    """Configuration, training and batch of accvideo; settings are those of `accvideo distill`."""
     from accvideo.call import DenoiserCall
-    from accvideo.distill import DistillConfig, start_training, train
+    from accvideo.distill import DistillConfig, start_training
     from accvideo.trajectory import TrajectoryBatch
 
     size = len(setting.states)
@@ -93,7 +97,15 @@ def ours(setting: Setting, **settings: Any) -> Sweep:
         data=Path(), out=Path(), num_iterations=10**9, save_every=10**9, device="cpu", precision=setting.precision,
         lora_rank=RANK, **settings,
     )  # fmt: skip
-    training = start_training(config, {"transformer": setting.denoiser()}, SIGMAS, batch)
+    return config, start_training(config, {"transformer": setting.denoiser()}, SIGMAS, batch), batch
+
+
+def ours(setting: Setting, **settings: Any) -> Sweep:
+    """One sweep of `accvideo.distill.train`; settings are those of `accvideo distill`."""
+    from accvideo.distill import train
+    from accvideo.trajectory import TrajectoryBatch
+
+    config, training, batch = begin(setting, **settings)
 
     def batches(start: int) -> Iterator[TrajectoryBatch]:
         while True:
@@ -204,13 +216,93 @@ def by_hand(setting: Setting, full: bool) -> Sweep:
     return sweep
 
 
-def sides(arguments: argparse.Namespace) -> dict[str, Callable[[Setting], Sweep]]:
-    """What is compared, by name; the bare one comes last."""
-    settings = {
+Part = Callable[[str], AbstractContextManager[None]]
+
+
+def dissect(setting: Setting, **settings: Any) -> Callable[[Part], None]:
+    """A sweep that runs each part of a bare and of a distillation step in a context called by the part's name."""
+    _, training, batch = begin(setting, **settings)
+    student, discriminator = training.student, training.discriminator
+    optimizer, head_optimizer = training.student_optimizer, training.head_optimizer
+    trained, heads = list(student.trained().values()), list(discriminator.heads.parameters())
+    bare = setting.denoiser()
+    bare_optimizer = torch.optim.AdamW(bare.parameters(), lr=1e-4, weight_decay=0, fused=True)
+
+    def update(parameters: list[Tensor], optimizer: torch.optim.Optimizer) -> None:
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def sweep(part: Part) -> None:
+        for k in range(5):
+            state, following = setting.states[:, k], setting.states[:, k + 1]
+            with part("bare forward"), setting.autocast():
+                loss = bare(state, (1000 * SIGMAS[k]).expand(len(state)), setting.text, return_dict=False)[0].square()
+            with part("bare backward"):
+                loss.mean().backward()
+            with part("bare update"):
+                update(list(bare.parameters()), bare_optimizer)
+            with part("student forward"):
+                loss = student.velocity("transformer", batch.calls[k], state).square()
+            with part("student backward"):
+                loss.mean().backward(inputs=trained)
+            with part("student update"):
+                update(trained, optimizer)
+            latents = following.clone().requires_grad_()
+            with part("features forward"):
+                fake = discriminator.features(latents, batch, k)
+            with part("features backward"):
+                fake.square().mean().backward(inputs=[latents])
+            with part("features of records"), torch.no_grad():
+                real = discriminator.features(following, batch, k)
+            fake = fake.detach().requires_grad_()
+            with part("heads"):
+                softplus(-discriminator.logits(fake, k)).mean().backward(inputs=[fake])
+                real_logits, fake_logits = discriminator.logits(torch.cat([real, fake.detach()]), k).chunk(2)
+                (softplus(-real_logits).mean() + softplus(fake_logits).mean()).backward(inputs=heads)
+                update(heads, head_optimizer)
+
+    return sweep
+
+
+def measure_parts(sweep: Callable[[Part], None], num_rounds: int) -> dict[str, dict[str, float]]:
+    """CPU seconds (medians of sweeps, after one to warm up) and operations in units of 1e9 of each part, for a step."""
+    seconds, operations = [dict[str, float]() for _ in range(num_rounds + 1)], dict[str, float]()
+
+    @contextmanager
+    def clock(record: dict[str, float], name: str) -> Iterator[None]:
+        began = time.process_time()
+        yield
+        record[name] = record.get(name, 0.0) + (time.process_time() - began) / 5
+
+    @contextmanager
+    def count(name: str) -> Iterator[None]:
+        # The counter does not know the fused attention of a CPU; the backward pass of plain products has 4 of them.
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            yield
+        operations[name] = operations.get(name, 0.0) + counter.get_total_flops() / 5e9
+
+    for record in seconds:
+        sweep(partial(clock, record))
+    sweep(count)
+    return {
+        name: {"seconds": statistics.median(each[name] for each in seconds[1:]), "operations": operations[name]}
+        for name in operations
+    }
+
+
+def distill_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Those of `accvideo distill` that the command line sets."""
+    return {
         "full": arguments.full,
         "gradient_checkpointing": arguments.gradient_checkpointing,
         "feature_layers": tuple(arguments.feature_layers) if arguments.feature_layers else None,
     }
+
+
+def sides(arguments: argparse.Namespace) -> dict[str, Callable[[Setting], Sweep]]:
+    """What is compared, by name; the bare one comes last."""
+    settings = distill_settings(arguments)
     mine = {update: partial(ours, update=update, **settings) for update in arguments.updates}
     bare = {"step": partial(by_hand, full=arguments.full), "regression": regression}[arguments.against]
     return {**mine, "bare": bare}
@@ -242,6 +334,7 @@ def main() -> None:
     parser.add_argument("--feature-layers", nargs=2, type=int, help="as of accvideo distill")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--bfloat16", action="store_true")
+    parser.add_argument("--parts", action="store_true", help="measure the parts of a step")
     parser.add_argument("--memory", action="store_true", help="measure peak memory instead of time")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, default=1)
@@ -250,6 +343,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     setting, compared = Setting(arguments.size, arguments.batch_size, arguments.bfloat16), sides(arguments)
+    if arguments.parts:
+        parts = measure_parts(dissect(setting, **distill_settings(arguments)), arguments.rounds)
+        print(json.dumps({**vars(arguments), "parts": parts}))
+        return
     if arguments.only:
         sweep = compared[arguments.only](setting)
         for _ in range(arguments.rounds):
