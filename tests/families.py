@@ -197,8 +197,9 @@ def skyreels() -> SkyReelsV2Pipeline:
 
 def skyreels_image() -> SkyReelsV2ImageToVideoPipeline:
     """SkyReels V2 I2V."""
+    parts = wan_parts("unipc") | clip_vision()
     transformer = skyreels_transformer(in_channels=12, image_dim=16)
-    return quiet(SkyReelsV2ImageToVideoPipeline(**wan_parts("unipc"), **clip_vision(), transformer=transformer))
+    return quiet(SkyReelsV2ImageToVideoPipeline(**parts, transformer=transformer))
 
 
 def chronoedit() -> ChronoEditPipeline:
@@ -484,6 +485,7 @@ def easyanimate() -> EasyAnimatePipeline:
 
 def wan_animate() -> WanAnimatePipeline:
     """Wan 2.2 Animate: a pose and a face video, here in one segment."""
+    parts = wan_parts() | clip_vision()
     transformer = WanAnimateTransformer3DModel(
         **WAN_SIZES | {"in_channels": 12, "image_dim": 16},
         latent_channels=4,
@@ -496,15 +498,16 @@ def wan_animate() -> WanAnimatePipeline:
         face_encoder_num_heads=2,
         inject_face_latents_blocks=2,
     )
-    return quiet(WanAnimatePipeline(**wan_parts(), **clip_vision(), transformer=transformer.eval()))
+    return quiet(WanAnimatePipeline(**parts, transformer=transformer.eval()))
 
 
 def framepack() -> HunyuanVideoFramepackPipeline:
     """FramePack: frames before the ones denoised are arguments; here in one section."""
+    parts = hunyuan_parts() | siglip()
     transformer = HunyuanVideoFramepackTransformer3DModel(
         **HUNYUAN_SIZES, has_image_proj=True, image_proj_dim=16, has_clean_x_embedder=True
     )
-    return quiet(HunyuanVideoFramepackPipeline(**hunyuan_parts(), **siglip(), transformer=transformer.eval()))
+    return quiet(HunyuanVideoFramepackPipeline(**parts, transformer=transformer.eval()))
 
 
 class Guardrail:
