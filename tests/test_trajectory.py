@@ -164,6 +164,7 @@ def test_foreign_files_are_refused(tmp_path):
         b"\x80\x04cos\nsystem\n.",
         (1 << 45).to_bytes(8, "little") + b"{}",
         len(deep).to_bytes(8, "little") + deep,
+        (3 << 23).to_bytes(8, "little") + b"[" + b"[]," * (1 << 23) + b"[]]",
         b"\x02\0\0\0\0\0\0\0{}",
     ):
         path.write_bytes(data)

@@ -71,7 +71,7 @@ class Manifest:
         if len(self.sigmas) != self.num_steps + 1:
             raise UserError(f"{MANIFEST}: {len(self.sigmas)} sigmas for {self.num_steps} steps")
         rising = self.keypoints == sorted(set(self.keypoints)) and len(self.keypoints) == self.num_student_steps + 1
-        if not rising or (self.keypoints[0], self.keypoints[-1]) != (0, self.num_steps):
+        if not rising or self.num_steps < 1 or (self.keypoints[0], self.keypoints[-1]) != (0, self.num_steps):
             raise UserError(
                 f"{MANIFEST}: key points {self.keypoints} are not {self.num_student_steps} steps from 0 to "
                 f"{self.num_steps}"

@@ -13,7 +13,7 @@ from accvideo.types import UserError
 
 MAX_BYTES = 16 * 1024**3
 """The most that is read at once; a trajectory of 50 states of a 720p clip is a tenth of it."""
-MAX_TEXT_BYTES = 256 * 1024**2
+MAX_TEXT_BYTES = 64 * 1024**2
 """The most that is read as JSON."""
 TRIES = 4
 

@@ -27,6 +27,8 @@ from accvideo.types import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Of a pipeline."""
+MAX_HEADER_BYTES = 16 * 1024**2
+"""Of a file's JSON, a prompt of 100,000 characters included many times."""
 MAX_PADDING_BYTES = 1024**3
 """The most zeros that the boxes of a file may stand for."""
 MIN_PADDING_BYTES = 256
@@ -238,6 +240,8 @@ def decode_trajectory(data: bytes, where: str) -> Trajectory:
     """
     start = 8 + int.from_bytes(data[:8], "little")
     try:
+        if start > MAX_HEADER_BYTES:
+            raise ValueError(f"a header of {start} bytes")
         # The checksum first, before anything is made of what is written.
         text = json.loads(data[8:start])["__metadata__"]["accvideo"]
         stored: str = json.loads(text)["sha256"]
