@@ -43,6 +43,7 @@ from accvideo.losses import ADVERSARIAL_LOSSES, Logits, trajectory_loss
 from accvideo.manifest import Manifest
 from accvideo.student import Student, save_student, student_config
 from accvideo.teacher import fingerprint, teacher_path
+from accvideo.tracking import Tracker, check_tracker, tracked
 from accvideo.training import (
     Batches,
     Rollouts,
@@ -65,7 +66,7 @@ from accvideo.trajectory import TrajectoryBatch, collate_trajectories, write_who
 from accvideo.types import Sigmas, UserError
 
 MAX_SKIPPED = 10  # iterations in a row without a finite gradient before the run stops
-PLACES = {"data", "out", "device", "save_every", "accumulate", "shard_base"}
+PLACES = {"data", "out", "device", "save_every", "accumulate", "shard_base", "track"}
 """Settings that change nothing in the student but rounding."""
 
 
@@ -129,6 +130,9 @@ class DistillConfig:
     """Save the student of the best validation (latent error) instead of the last."""
     patience: int = 0
     """Stop after this many validations without a better one; 0: never."""
+    track: Tracker = "auto"
+    """Where metrics go beside metrics.jsonl: tensorboard (files in `out`) or wandb (Weights & Biases, over the
+    network). "auto": tensorboard where it is installed."""
     save_every: int = 100
     """Iterations between checkpoints."""
     gradient_checkpointing: bool = False
@@ -153,6 +157,7 @@ class DistillConfig:
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}; the least is {least}")
+        check_tracker(self.track)
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"ema_decay is {self.ema_decay}; choose 0 (off) or a number below 1, such as 0.99")
         if (self.keep_best or self.patience) and not self.num_validation:
@@ -330,7 +335,8 @@ def count_skipped(config: DistillConfig, training: Training, values: dict[str, f
     if training.num_skipped == MAX_SKIPPED:
         raise UserError(
             f"no finite gradient in {MAX_SKIPPED} iterations up to {training.iteration}: the training has diverged\n"
-            f"The last checkpoint is kept; distill to another --out with a learning rate below {config.learning_rate:g}"
+            "The last checkpoint, from before them, is kept; "
+            f"distill to another --out with a learning rate below {config.learning_rate:g}"
         )
 
 
@@ -480,16 +486,23 @@ def logged(
         yield lambda line: None
         return
     path = config.out / "metrics.jsonl"
-    with MetricsLog(path, training.iteration) as metrics, progress_bar(console, config, training) as show:
+    begin = training.iteration
+    with (
+        tracked(config.track, config.out, settings(config), begin) as track,
+        MetricsLog(path, begin) as metrics,
+        progress_bar(console, config, training) as show,
+    ):
         watch = Watch(len(sigmas) - 1, CHANCE_LOSSES[config.adversarial_loss])
         for line in read_metrics(path):
             watch.look(line)
 
         def log(line: dict[str, Any]) -> None:
             metrics.write(line)
+            track(line)
             show(line)
             for alarm in watch.look(line):
                 metrics.write(alarm)
+                track(alarm)
                 console.print(f"alarm at iteration {alarm['iteration']}: {alarm['message']}")
 
         yield log

@@ -18,7 +18,7 @@ MAX_LOSS_RATIO = 2.0
 """Trajectory loss over a sweep of the key points, over the teacher's own at the student's few steps."""
 MAX_RISE = 1.2
 """Held-out trajectory loss, over the lowest so far, at two validations in a row."""
-MAX_PULL = 3.0
+MAX_PULL = 1.0
 """Gradient norm of the adversarial loss over that of the trajectory loss, geometric mean of two sweeps."""
 HEAD_SWEEPS = 8
 """Sweeps of adversarial training after which the heads should have learned something."""
