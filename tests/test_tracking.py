@@ -93,5 +93,5 @@ def test_wandb_takes_the_metrics_of_a_run_without_the_network(tmp_path: Path, mo
     data = file.read_bytes().decode("latin-1")
     for line in LINES:
         for name, value in scalars(line).items():
-            assert name in data and re.search(rf"\D{re.escape(f"{value:g}")}\D", data), name
+            assert name in data and re.search(rf"\D{re.escape(format(value, 'g'))}\D", data), name
     assert "learning_rate" in data and "0.125" in data
