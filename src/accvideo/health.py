@@ -17,10 +17,11 @@ MAX_VALUES = 1 << 20  # a channel, from which a percentile is taken; more are th
 MAX_LOSS_RATIO = 2.0
 """Trajectory loss over a sweep of the key points, over the teacher's own at the student's few steps."""
 MAX_RISE = 1.2
-"""Held-out trajectory loss, over the lowest so far, at two validations in a row."""
+"""Held-out trajectory loss over the lowest so far, and latent error over that at the start, at two validations in a
+row: both swing in the first iterations."""
 MAX_PULL = 1.0
 """Gradient norm of the adversarial loss over that of the trajectory loss, geometric mean of two sweeps."""
-HEAD_SWEEPS = 8
+HEAD_SWEEPS = 6
 """Sweeps of adversarial training after which the heads should have learned something."""
 MIN_HEAD_GAIN = 0.01
 """By what share the heads' loss should then lie below their first."""
@@ -147,6 +148,8 @@ class Watch:
     lowest_validation: float = math.inf
     num_risen: int = 0
     """Validations in a row with a held-out loss above the limit."""
+    num_worse: int = 0
+    """Validations in a row with a latent error above the limit."""
     losses: deque[float] = field(init=False)
     head_losses: deque[tuple[float, float]] = field(init=False)
     """The heads' last losses, each with its key point's first."""
@@ -231,10 +234,12 @@ class Watch:
 
     def validation(self, line: Mapping[str, Any]) -> Iterable[Alarm]:
         """Rings when held-out trajectories are followed worse than before."""
-        if (ratio := line["latent_error"] / self.start.get("latent_error", math.inf)) > 1:
-            meaning = "The distance to the teacher's held-out latents over that before the training"
+        ratio = line["latent_error"] / self.start.get("latent_error", math.inf)
+        self.num_worse = self.num_worse + 1 if ratio > MAX_RISE else 0
+        if self.num_worse == 2:
+            meaning = "The distance to the teacher's held-out latents over that before the training, twice in a row,"
             advice = "The teacher itself does better at as few steps: lower --learning-rate or --adversarial-weight."
-            yield Alarm("worse_than_start", ratio, 1, meaning, advice)
+            yield Alarm("worse_than_start", ratio, MAX_RISE, meaning, advice)
         loss = fmean(line["validation_loss"])
         ratio = loss / min(loss, self.lowest_validation)
         self.lowest_validation = min(loss, self.lowest_validation)

@@ -1,0 +1,248 @@
+"""Train well and badly on the embedded playground, and draw the pictures of docs/healthy-training.md.
+
+    accvideo playground prompts --num 960 --out prompts.txt
+    accvideo record playground --prompts prompts.txt --num-trajectories 960 --out trajectories
+    python benchmarks/healthy_training.py trajectories
+
+Four runs that differ in one setting each, one after the other, about a second an iteration on one core; those that went
+wrong are stopped soon after it showed. Their metrics go to docs/healthy-training/metrics.json, which the tests of the
+alarms read too, and the pictures beside it. `--only NAME` makes one run, `--draw` none.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from accvideo.charts import Plot, log_ticks, nice_ticks
+from accvideo.checkpoint import read_metrics
+from accvideo.distill import DistillConfig, distill
+from accvideo.health import CHANCE_LOSSES, Watch
+
+FOLDER = Path(__file__).parents[1] / "docs" / "healthy-training"
+
+RUNS: dict[str, tuple[dict[str, Any], int]] = {
+    "healthy": ({}, 60),
+    "learning rate x 100": ({"learning_rate": 2e-2}, 20),
+    "adversarial weight 10": ({"adversarial_weight": 10.0}, 35),
+    "frozen heads": ({"head_learning_rate": 0.0}, 42),
+}
+"""What differs from the healthy recipe, and the iteration at which the run is stopped."""
+
+COLORS = {
+    "healthy": ("#1a7f37", "#3fb950"),
+    "learning rate x 100": ("#cf222e", "#ff7b72"),
+    "adversarial weight 10": ("#8250df", "#d2a8ff"),
+    "frozen heads": ("#9a6700", "#d29922"),
+}
+"""Of the curves, on a light page and on a dark one."""
+
+
+def recipe(data: Path, out: Path) -> DistillConfig:
+    """Small batches and few iterations, so that the whole takes minutes; the heads come in after two sweeps."""
+    return DistillConfig(
+        data=data,
+        out=out,
+        num_iterations=60,
+        batch_size=4,
+        full=True,
+        learning_rate=2e-4,
+        schedule="cosine",
+        adversarial_start=10,
+        num_validation=8,
+        validate_every=10,
+        precision="float32",
+        device="cpu",
+    )
+
+
+def make(name: str, data: Path, out: Path) -> None:
+    """Train until the iteration at which the run is stopped."""
+    changes, stop = RUNS[name]
+    config = replace(recipe(data, out), **changes)
+    process = multiprocessing.get_context("spawn").Process(target=distill, args=(config,))
+    process.start()
+    while process.is_alive() and not any(line["iteration"] >= stop for line in read_metrics(out / "metrics.jsonl")):
+        process.join(1)
+    process.terminate()
+    process.join()
+
+
+def lines_of(name: str, out: Path) -> list[dict[str, Any]]:
+    """The metrics of a run without its alarms, in four digits."""
+    lines = [line for line in read_metrics(out / "metrics.jsonl") if "alarm" not in line]
+    return json.loads(
+        json.dumps([line for line in lines if line["iteration"] < RUNS[name][1]]),
+        parse_float=lambda text: float(f"{float(text):.4g}"),
+    )
+
+
+def alarms_of(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The alarms that ring at these lines."""
+    watch = Watch(5, CHANCE_LOSSES["nonsaturating"])
+    return [alarm for line in lines for alarm in watch.look(line)]
+
+
+# --- Pictures ---
+
+Points = list[tuple[float, float]]
+
+STYLE = """<style>
+text { font: 12px system-ui, sans-serif; fill: #57606a } .title { font-size: 14px; font-weight: 600; fill: #1f2328 }
+.axis { stroke: #d0d7de } .limit { stroke: #57606a; stroke-dasharray: 3 4 } polyline { fill: none; stroke-width: 2 }
+%s
+@media (prefers-color-scheme: dark) {
+text { fill: #9198a1 } .title { fill: #f0f6fc } .axis { stroke: #3d444d } .limit { stroke: #9198a1 }
+%s
+}
+</style>"""
+
+
+def style() -> str:
+    """Colors for a light page and for a dark one."""
+    sides = []
+    for side in range(2):
+        rules = [
+            f".run{i} {{ stroke: {colors[side]} }} .bell{i} {{ fill: {colors[side]} }}"
+            for i, colors in enumerate(COLORS.values())
+        ]
+        sides.append("\n".join(rules))
+    return STYLE % tuple(sides)
+
+
+def picture(
+    title: str,
+    curves: dict[str, Points],
+    bells: dict[str, list[int]],
+    limits: Sequence[float] = (),
+    logarithmic: bool = True,
+) -> str:
+    """One chart: a curve a run, a bell where its alarm rang, dotted lines at the limits."""
+    ys = [y for points in curves.values() for _, y in points if math.isfinite(y)] + list(limits)
+    low, high = (min(ys) / 1.2, max(ys) * 1.2) if logarithmic else (min(ys), max(ys))
+    ticks = log_ticks(low, high) if logarithmic else nice_ticks(low, high)
+    plot = Plot((0, 60), (low, high) if logarithmic else (ticks[0], ticks[-1]), y_log=logarithmic)
+    marks = [f'<line class="limit" x1="44" x2="428" y1="{plot.y(y):.1f}" y2="{plot.y(y):.1f}"/>' for y in limits]
+    for i, name in enumerate(RUNS):
+        if not (points := [(x, y) for x, y in curves[name] if math.isfinite(y)]):
+            continue
+        path = " ".join(f"{plot.x(x):.1f},{plot.y(y):.1f}" for x, y in points)
+        marks.append(f'<polyline class="run{i}" points="{path}"><title>{escape(name)}</title></polyline>')
+        for bell in bells[name]:
+            x, y = min(points, key=lambda point: abs(point[0] - bell))
+            marks.append(
+                f'<circle class="bell{i}" cx="{plot.x(x):.1f}" cy="{plot.y(y):.1f}" r="5"><title>alarm at iteration '
+                f"{bell}</title></circle>"
+            )
+    keys = [
+        f'<line class="run{i}" x1="{44 + 200 * (i % 2)}" x2="{64 + 200 * (i % 2)}" y1="{290 + 18 * (i // 2)}" '
+        f'y2="{290 + 18 * (i // 2)}" stroke-width="2"/><text x="{70 + 200 * (i % 2)}" y="{294 + 18 * (i // 2)}">'
+        f"{escape(name)}</text>"
+        for i, name in enumerate(RUNS)
+    ]
+    chart = plot.svg("".join(marks), "iteration", ticks, range(0, 61, 10), title)
+    body = chart[chart.index(">") + 1 : -len("</svg>")]
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -24 440 340" role="img" aria-label="{escape(title)}">'
+        f'{style()}<text class="title" x="8" y="-8">{escape(title)}</text>{body}{"".join(keys)}</svg>\n'
+    )
+
+
+def sweeps(lines: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float]) -> Points:
+    """Means over whole sweeps of the five key points, for lines that have the value."""
+    found = []
+    for line in lines:
+        try:
+            found.append((line["iteration"], value(line)))
+        except KeyError:
+            continue
+    groups = [found[i : i + 5] for i in range(0, len(found) - 4, 5)]
+    return [(group[-1][0], sum(y for _, y in group) / 5) for group in groups]
+
+
+def validations(lines: Sequence[dict[str, Any]], name: str) -> Points:
+    """A value at the start and at each validation."""
+    start = [(0.0, line["start"][name]) for line in lines if "start" in line]
+    return start + [(line["iteration"], line[name]) for line in lines if "latent_error" in line]
+
+
+def draw(runs: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
+    """The pictures by file name."""
+    alarms = {name: alarms_of(lines) for name, lines in runs.items()}
+
+    def bells(*kinds: str) -> dict[str, list[int]]:
+        return {
+            name: [alarm["iteration"] for alarm in rung if alarm["alarm"] in kinds] for name, rung in alarms.items()
+        }
+
+    starts = {
+        name: next(line["start"]["validation_loss"] for line in lines if "start" in line)
+        for name, lines in runs.items()
+    }
+
+    def pull(line: dict[str, Any]) -> float:
+        return math.log(line["adversarial_gradient_norm"] / line["trajectory_gradient_norm"])
+
+    def each(points: Callable[[str, list[dict[str, Any]]], Points]) -> dict[str, Points]:
+        return {name: points(name, lines) for name, lines in runs.items()}
+
+    loss = each(
+        lambda name, lines: sweeps(lines, lambda line: line["trajectory_loss"] / starts[name][line["keypoint"]])
+    )
+    pulls = each(lambda name, lines: [(x, math.exp(y)) for x, y in sweeps(lines, pull)])
+    heads = each(lambda name, lines: sweeps(lines, lambda line: line["head_loss"]))
+    pictures = {
+        "trajectory-loss": picture("Trajectory loss over the teacher's own at 5 steps", loss, bells("diverging"), [2]),
+        "pull": picture("Adversarial over trajectory gradient norm", pulls, bells("adversarial_pull"), [1]),
+        "head-loss": picture("Loss of the heads", heads, bells("heads_idle"), [CHANCE_LOSSES["nonsaturating"]], False),
+        "latent-error": picture(
+            "Distance to the teacher's held-out latents",
+            each(lambda name, lines: validations(lines, "latent_error")),
+            bells("worse_than_start"),
+        ),
+        "saturation": picture(
+            "Share of values beyond the teacher's 0.1 and 99.9 percentiles",
+            each(lambda name, lines: validations(lines, "saturation")),
+            bells("saturation"),
+            [0.02],
+        ),
+    }
+    for name in ("contrast", "motion", "diversity"):
+        curves = each(lambda run, lines, name=name: validations(lines, name))
+        pictures[name] = picture(f"{name.capitalize()} over the teacher's", curves, bells(name), [1])
+    return pictures
+
+
+def main() -> None:
+    """Make the runs that are asked for, gather their metrics, draw the pictures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="folder of recorded trajectories of the playground")
+    parser.add_argument("--out", type=Path, default=Path("runs/healthy-training"), help="folder of the students")
+    parser.add_argument("--only", choices=RUNS, help="the one run to make")
+    parser.add_argument("--draw", action="store_true", help="make no run, draw those that there are")
+    arguments = parser.parse_args()
+    folders = {name: arguments.out / name.replace(" ", "-") for name in RUNS}
+    for name in [] if arguments.draw else [arguments.only] if arguments.only else RUNS:
+        make(name, arguments.data, folders[name])
+    if arguments.only:
+        return
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    runs = {name: lines_of(name, folder) for name, folder in folders.items()}
+    tables = {name: ",\n".join(map(json.dumps, lines)) for name, lines in runs.items()}
+    rows = ",\n".join(f"{json.dumps(name)}: [\n{table}\n]" for name, table in tables.items())
+    (FOLDER / "metrics.json").write_text(f"{{\n{rows}\n}}\n", "utf-8")
+    for name, text in draw(runs).items():
+        (FOLDER / f"{name}.svg").write_text(text, "utf-8")
+    for name, lines in runs.items():
+        for alarm in alarms_of(lines):
+            print(f"{name}, iteration {alarm['iteration']}, {alarm['alarm']}: {alarm['message']}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
