@@ -80,16 +80,16 @@ def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 
 def test_presets_are_chosen_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from accvideo import distill
+    from accvideo import distill, recipe
 
     seen = []
     monkeypatch.setattr(distill, "distill", lambda config: seen.append(config) or {})
     for arguments in (["--preset", "paper"], ["--preset=paper", "--batch-size", "4"], []):
         assert cli.run(["distill", "data", "--out", str(tmp_path), *arguments]) == 0
     paper, smaller, default = seen
-    assert paper == distill.paper(Path("data"), tmp_path)
+    assert paper == recipe.paper("data", tmp_path)
     assert (smaller.batch_size, smaller.update) == (4, "alternating")
-    assert default == distill.DistillConfig(data=Path("data"), out=tmp_path)
+    assert default == recipe.DistillConfig(data="data", out=tmp_path)
 
 
 @pytest.mark.parametrize("command", ["record", "distill"])

@@ -21,17 +21,10 @@ from accvideo.call import DenoiserCall
 from accvideo.checkpoint import read_metrics
 from accvideo.dataset import TrajectoryFolder
 from accvideo.discriminator import Discriminator
-from accvideo.distill import (
-    MAX_SKIPPED,
-    PRESETS,
-    DistillConfig,
-    distill,
-    load_denoisers,
-    set_learning_rates,
-    start_training,
-    train,
-)
+from accvideo.distill import MAX_SKIPPED, distill, set_learning_rates, train
 from accvideo.flow import euler_step, shifted_sigmas
+from accvideo.recipe import PRESETS, DistillConfig, claim_folder
+from accvideo.start import load_denoisers, start_training
 from accvideo.student import Student, load_student
 from accvideo.training import Rollouts, Training, accumulate, frozen, gradient, update
 from accvideo.trajectory import TrajectoryBatch
@@ -205,6 +198,27 @@ def test_gradients_of_two_losses_add_up_and_each_has_its_norm():
                 accumulate((parameter * torch.tensor(direction)).sum() / 2)
     assert {name: norm.item() for name, norm in line.items()} == {"first": 3, "second": 4}
     assert update(optimizer, max_norm=math.inf).item() == 5 and parameter.tolist() == [-2, -3]
+
+
+def test_bad_batches_are_skipped_and_no_checkpoint_is_written_among_them():
+    """Two of them pass without a trace in the weights; when no good one comes any more, the run stops."""
+    config = DistillConfig(**ANYWHERE, full=True, num_iterations=40, save_every=2)
+    training, saved, lines = toy_training(config), [], []
+
+    def batches(start: int) -> Iterator[TrajectoryBatch]:
+        for number, batch in enumerate(toy_batches(start), start):
+            bad = number in (4, 5) or number >= 11
+            yield replace(batch, states=batch.states + math.inf) if bad else batch
+
+    with pytest.raises(UserError, match="iterations up to 2.: the training has diverged"):
+        train(
+            config, training, torch.tensor([1.0, 0.6, 0.0]), batches,
+            log=lambda line: lines.append(line | {"skipped": training.num_skipped}),
+            save=lambda: saved.append(training.iteration),
+        )  # fmt: skip
+    assert saved == [2, 4, 8, 10]
+    assert [line["iteration"] for line in lines if line["skipped"]] == [4, 5, *range(11, 11 + MAX_SKIPPED - 1)]
+    assert all(parameter.isfinite() for parameter in training.student.trained().values())
 
 
 def test_learning_rates_warm_up_and_fall():
@@ -475,6 +489,14 @@ def test_a_folder_that_holds_something_else_is_refused(folder: TrajectoryFolder,
     with pytest.raises(UserError, match="holds no run"):
         distill(tiny_config(folder, tmp_path / "student"))
     assert [path.name for path in (tmp_path / "student").iterdir()] == ["thesis.tex"]
+
+
+def test_a_folder_left_by_a_run_killed_at_its_first_write_is_taken(folder: TrajectoryFolder, tmp_path: Path):
+    config = tiny_config(folder, tmp_path / "student")
+    config.out.mkdir()
+    (config.out / ".config.json.tmp").write_text("{")
+    claim_folder(config, folder.manifest)
+    assert (config.out / "config.json").exists()
 
 
 def test_a_data_set_of_another_teacher_is_refused(tmp_path: Path):

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from accvideo import cli
-from accvideo.distill import paper
 from accvideo.flow import keypoint_indices
 from accvideo.manifest import read_manifest
 from accvideo.presets import PRESETS, defaults, distill_defaults, find_preset
+from accvideo.recipe import paper
 from accvideo.record import RecordConfig
 from accvideo.teacher import watch
 from accvideo.types import UserError

@@ -7,10 +7,11 @@ from typing import Any
 
 from rich.console import Console
 
-from accvideo.distill import distill, playground
+from accvideo.distill import distill
 from accvideo.evaluate import EvaluateConfig, evaluate
 from accvideo.model import PLAYGROUND_STUDENT
 from accvideo.playground.prompts import PromptsConfig, prompts
+from accvideo.recipe import playground
 from accvideo.record import RecordConfig, record
 
 

@@ -14,10 +14,10 @@ from tyro.conf import Positional
 
 from accvideo.card import license_warning, model_card
 from accvideo.command import progress_bar
-from accvideo.distill import last_validation
 from accvideo.export_forms import EXPORT, Output, call_settings, files_of, plan_lora, plan_original, plan_pipeline
 from accvideo.export_source import Source, read_json, teacher_files
 from accvideo.export_usage import extraction_note, usage, what_it_is
+from accvideo.journal import last_validation
 from accvideo.layouts import layout_of
 from accvideo.lora import Extraction
 from accvideo.model import Dtype, student_folder

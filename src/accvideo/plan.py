@@ -19,10 +19,10 @@ from tyro.conf import Positional
 from accvideo.call import denoiser_blocks, replay
 from accvideo.cost import Cost, at_depth, measure, metered
 from accvideo.discriminator import Discriminator
-from accvideo.distill import paper
 from accvideo.losses import ADVERSARIAL_LOSSES
 from accvideo.networks import Network
 from accvideo.presets import Preset, find_preset, meta
+from accvideo.recipe import paper
 from accvideo.student import Student, adapted_layers
 from accvideo.training import paired_loss, student_step
 from accvideo.trajectory import TrajectoryBatch

@@ -15,9 +15,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from accvideo import distill
+from accvideo import recipe
 from accvideo.call import DenoiserCall
-from accvideo.distill import DistillConfig, paper
 from accvideo.networks import (
     CLIP_H_VISION,
     CLIP_L,
@@ -31,6 +30,7 @@ from accvideo.networks import (
     WAN_22_VAE,
     Network,
 )
+from accvideo.recipe import DistillConfig, paper
 from accvideo.record import RecordConfig
 from accvideo.types import UserError
 
@@ -383,7 +383,7 @@ def distill_defaults(preset: Preset, data: str, out: Path) -> DistillConfig:
 
 def names(command: str) -> list[str]:
     """The presets of `accvideo record` or `accvideo distill`; the first is what it starts from without one."""
-    return [*(distill.PRESETS if command == "distill" else ["default"]), *PRESETS]
+    return [*(recipe.PRESETS if command == "distill" else ["default"]), *PRESETS]
 
 
 def defaults(command: str, name: str) -> RecordConfig | DistillConfig:
@@ -392,8 +392,8 @@ def defaults(command: str, name: str) -> RecordConfig | DistillConfig:
     Raises:
         UserError: there is no such preset.
     """
-    if command == "distill" and name in distill.PRESETS:
-        return distill.PRESETS[name](data=tyro.MISSING, out=tyro.MISSING)
+    if command == "distill" and name in recipe.PRESETS:
+        return recipe.PRESETS[name](data=tyro.MISSING, out=tyro.MISSING)
     if command == "record" and name == "default":
         return RecordConfig(teacher=tyro.MISSING, prompts=tyro.MISSING, out=tyro.MISSING)
     if name not in PRESETS:

@@ -1,0 +1,118 @@
+"""What a distillation starts from: the teacher's denoisers, a student of them, heads and optimizers."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import AdamW
+
+from accvideo.acceleration import Quantization, quantization_config, stored_fingerprint
+from accvideo.discriminator import Discriminator
+from accvideo.distributed import num_ranks, sharder
+from accvideo.manifest import Manifest
+from accvideo.recipe import DistillConfig
+from accvideo.student import Student
+from accvideo.teacher import fingerprint, teacher_path
+from accvideo.training import Rollouts, Training
+from accvideo.trajectory import TrajectoryBatch
+from accvideo.types import Sigmas, UserError
+
+
+def start_training(
+    config: DistillConfig, denoisers: dict[str, nn.Module], sigmas: Sigmas, batch: TrajectoryBatch
+) -> Training:
+    """Student, heads, optimizers and empty queues before the first iteration.
+
+    Args:
+        config: the settings, resolved.
+        denoisers: the teacher's, by name; they become the student's.
+        sigmas: noise levels of the K + 1 key points.
+        batch: any batch of the data set.
+    """
+    device, adversarial = torch.device(config.device), config.adversarial_weight > 0
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        sharded = num_ranks() > 1 and (config.full or config.shard_base)
+        student = Student(
+            {name: denoiser if sharded else denoiser.to(device) for name, denoiser in denoisers.items()},
+            lora_rank=None if config.full else config.lora_rank,
+            arithmetic=partial(arithmetic, device.type, config.precision),
+            keep_teacher=adversarial,
+            gradient_checkpointing=config.gradient_checkpointing,
+            shard=sharder(config.device, config.precision) if sharded else None,
+        )
+        discriminator = None
+        if adversarial:
+            discriminator = Discriminator(
+                student, sigmas, batch, config.feature_layers, config.head_kernel, config.shared_head
+            ).to(device)
+    trained = student.trained()
+    optimizer = partial(AdamW, weight_decay=config.weight_decay, fused=True)
+    return Training(
+        student=student,
+        student_optimizer=optimizer(trained.values(), lr=config.learning_rate),
+        rollouts=Rollouts(len(sigmas) - 1, config.seed),
+        discriminator=discriminator,
+        head_optimizer=optimizer(discriminator.parameters(), lr=config.head_learning_rate) if discriminator else None,
+        average={name: p.detach().clone() for name, p in trained.items()} if config.ema_decay else {},
+    )
+
+
+@contextmanager
+def arithmetic(device_type: str, precision: str) -> Iterator[None]:
+    """A context in which a denoiser computes in float32, or in bfloat16 from float32 weights."""
+    if precision == "float32":
+        yield
+        return
+    # On a CPU, torch 2.13's fused attention has a bfloat16 backward pass 4 to 9 times slower than plain products.
+    attention = sdpa_kernel(SDPBackend.MATH) if device_type == "cpu" else nullcontext()
+    with torch.autocast(device_type, torch.bfloat16), attention:
+        yield
+
+
+def load_denoisers(manifest: Manifest, quantization: Quantization | None = None) -> dict[str, nn.Module]:
+    """The teacher's denoisers, and nothing else of its pipeline, in the type they were recorded in.
+
+    Args:
+        manifest: of the data set.
+        quantization: of their linear weights; None: as recorded.
+
+    Raises:
+        UserError: the teacher cannot be loaded, or is not the recorded one; what quantization takes is missing.
+    """
+    dtype, found = getattr(torch, manifest.dtype), {}
+    options = {} if quantization is None else {"quantization_config": quantization_config(quantization, dtype)}
+    own_fingerprint = fingerprint if quantization is None else stored_fingerprint
+    try:
+        folder = denoisers_folder(manifest)
+        components: Any = DiffusionPipeline.load_config(folder)
+        for component, recorded in manifest.fingerprints.items():
+            denoiser_class = getattr(diffusers, components[component][1])
+            found[component] = denoiser_class.from_pretrained(
+                folder / component, torch_dtype=dtype, use_safetensors=True, **options
+            )
+            if own_fingerprint(found[component]) != recorded:
+                raise UserError(
+                    f"the data set was recorded with another teacher than {manifest.teacher} is now\n"
+                    f"Its {component} differs; use the data set with its own teacher, or record again"
+                )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"cannot load the data set's teacher {manifest.teacher}: {reason}") from error
+    return found
+
+
+def denoisers_folder(manifest: Manifest) -> Path:
+    """The folder of the teacher's pipeline; of one from the hub, only the denoisers are fetched."""
+    if (path := teacher_path(manifest.teacher)) is not None:
+        return path
+    wanted = ["model_index.json", *(f"{component}/*" for component in manifest.fingerprints)]
+    return Path(snapshot_download(manifest.teacher, revision=manifest.revision, allow_patterns=wanted))
