@@ -25,6 +25,8 @@ COMMANDS = {
     "plan": ("accvideo.plan", "hours, memory and disk that a released teacher will take, before any download"),
     "analyze toy": ("accvideo.analysis.toy", "repeat the paper's 1-D study, and what it left out"),
     "analyze keypoints": ("accvideo.analysis.keypoints", "choose key points from trajectories recorded in full"),
+    "analyze ablation": ("accvideo.analysis.ablation", "the paper's ablation as numbers, and what it never varied"),
+    "analyze baselines": ("accvideo.analysis.comparison", "other methods of distillation at an equal budget"),
     "playground prompts": ("accvideo.playground.prompts", "write prompts of the playground's world to a file"),
     "playground train": ("accvideo.playground.train", "train the playground's teacher anew"),
 }
