@@ -18,9 +18,10 @@ from accvideo.analysis.grids import (
 )
 from accvideo.analysis.keypoints import KeypointsConfig, keypoints
 from accvideo.dataset import TrajectoryFolder
-from accvideo.distill import DistillConfig, distill
+from accvideo.distill import distill
 from accvideo.flow import keypoint_indices, shifted_sigmas
 from accvideo.manifest import read_manifest
+from accvideo.recipe import DistillConfig
 from accvideo.student import read_student_config
 from accvideo.types import UserError
 from accvideo.verify import problems

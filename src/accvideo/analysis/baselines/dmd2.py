@@ -1,5 +1,11 @@
 """Distribution matching distillation with an adversarial term: DMD2 (Yin et al. 2024, arXiv:2405.14867)."""
 
+import torch
+from torch import Tensor
+
+from accvideo.analysis.baselines.diffusion import noised, predicted_video
+from accvideo.analysis.baselines.guided import Field
+from accvideo.losses import trajectory_loss
 from accvideo.types import Latents, PerSample
 
 
@@ -22,3 +28,27 @@ def distribution_matching_loss(video: Latents, real: Latents, fake: Latents) -> 
     """A loss whose gradient at `video` is `distribution_matching_gradient` over the number of elements."""
     gradient = distribution_matching_gradient(video, real, fake).detach()
     return (video * gradient).flatten(1).mean(1)
+
+
+def fake_score_loss(fake: Field, video: Latents, noise: Latents, sigma: Tensor) -> PerSample:
+    """Flow matching on the student's own videos, by which the fake score follows its distribution.
+
+    Yin et al. 2023 (arXiv:2311.18828), Eq. 6.
+    """
+    return trajectory_loss(fake(noised(video, noise, sigma), sigma), noise - video)
+
+
+def student_loss(real: Field, fake: Field, video: Latents, noise: Latents, sigma: Tensor) -> PerSample:
+    """Distribution matching at a noised video: its gradient lowers the reverse KL divergence to the teacher's.
+
+    Args:
+        real: the teacher's velocity, with guidance.
+        fake: the velocity that follows the student's videos.
+        video: the student's, with a gradient.
+        noise: drawn for it.
+        sigma: one noise level a sample.
+    """
+    with torch.no_grad():
+        latents = noised(video, noise, sigma)
+        predictions = [predicted_video(latents, field(latents, sigma), sigma) for field in (real, fake)]
+    return distribution_matching_loss(video, *predictions)

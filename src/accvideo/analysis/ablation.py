@@ -1,0 +1,141 @@
+"""The paper's Figure 7 as numbers (arXiv:2503.19462), and the choices that the paper never varied."""
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import Positional
+
+from accvideo.analysis.folder import open_analysis, origin, write_results
+from accvideo.analysis.students import Evaluation, evaluate_kinds, metric_figure, metric_table
+from accvideo.command import choose_device
+from accvideo.dataset import TrajectoryFolder
+from accvideo.distill import distill
+from accvideo.recipe import DistillConfig, playground
+from accvideo.types import UserError
+
+FIGURE_7: dict[str, dict[str, Any]] = {
+    "trajectory loss only": {"adversarial_weight": 0.0},
+    "one shared head": {"shared_head": True},
+    "one head a key point": {},
+}
+"""Figure 7 (b), (c) and (d); (a), the teacher at K steps, is a row of every evaluation."""
+
+BEYOND: dict[str, dict[str, Any]] = {
+    "weight 0.01": {"adversarial_weight": 0.01},
+    "weight 0.5": {"adversarial_weight": 0.5},
+    "early features": {"feature_layers": (2, 2)},
+    "last features everywhere": {"feature_layers": (8, 8)},
+    "hinge loss": {"adversarial_loss": "hinge"},
+    "saturating loss": {"adversarial_loss": "saturating"},
+    "updates as in Algorithm 1": {"update": "alternating"},
+    "rollouts from recorded noise": {"update": "shared"},
+    "adversarial from the start": {"adversarial_start": 0},
+}
+"""What the paper left out, each one change of "one head a key point". The layers are of the playground's teacher."""
+
+FRACTIONS = {"half of the trajectories": 2, "an eighth of the trajectories": 8}
+"""Smaller data sets: what the number of trajectories is divided by."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationConfig:
+    """Distills students that differ in one thing each, several seeds of each, and evaluates them side by side.
+
+    Starts from the preset `playground`. Finished students and rows are kept: the same command goes on where a killed
+    run stopped.
+    """
+
+    data: Positional[str]
+    """Data set that `accvideo record` made."""
+    out: Path
+    """Folder for students, numbers, table and figure."""
+    figure_7: bool = False
+    """Only the variants of the paper's Figure 7."""
+    num_seeds: int = 3
+    """Students of each variant."""
+    num_iterations: int = 100
+    """Iterations of each student; the adversarial half takes part from 60 % of them on."""
+    batch_size: int = 16
+    """Trajectories an iteration."""
+    num_prompts: int = 500
+    """Clips of each row."""
+    prompts: Path | None = None
+    """As for `accvideo evaluate`; needed where the teacher is not the playground's."""
+    device: str = "auto"
+    """`auto` takes the accelerator if there is one."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_seeds", "num_iterations", "batch_size", "num_prompts"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+
+
+def ablation(config: AblationConfig) -> dict[str, Any]:
+    """Distill what is missing, evaluate, and write ablation.json, .md and .svg.
+
+    Raises:
+        UserError: whatever distillation and evaluation refuse.
+    """
+    settings = {name: value for name, value in asdict(config).items() if name not in ("out", "device")}
+    plan = plan_runs(config, len(TrajectoryFolder(config.data)))
+    cache = open_analysis(config.out, settings)
+    seconds: dict[str, float] = {}
+    missing = [run for runs in plan.values() for run in runs if not (cache / run.out / "student.json").exists()]
+    for number, run in enumerate(missing):
+        began = time.perf_counter()
+        distill(replace(run, out=cache / run.out))
+        seconds[str(run.out)] = time.perf_counter() - began
+        left = sum(seconds.values()) / len(seconds) * (len(missing) - number - 1)
+        print(f"{number + 1} of {len(missing)} students; about {left / 60:.0f} minutes for the others", file=sys.stderr)
+    kinds = {name: [cache / run.out for run in runs] for name, runs in plan.items()}
+    evaluation = Evaluation(
+        out=cache / "report", num_prompts=config.num_prompts, prompts=config.prompts, seed=0, device=config.device
+    )
+    rows = evaluate_kinds(kinds, evaluation)
+    results = {
+        "command": f"accvideo analyze ablation {config.data} --out DIR",
+        **origin(choose_device(config.device)),
+        "settings": settings,
+        "variants": {name: variant(runs[0], plan) for name, runs in plan.items()},
+        "seconds": seconds,
+        "rows": rows,
+    }
+    table = f"Mean and deviation of {config.num_seeds} students.\n\n{metric_table(rows)}"
+    return write_results(config.out, "ablation", results, table, metric_figure(rows))
+
+
+def plan_runs(config: AblationConfig, num_trajectories: int) -> dict[str, list[DistillConfig]]:
+    """The configurations of all students by variant, one a seed; their folders are relative."""
+    base = replace(
+        playground(config.data, Path()),
+        num_iterations=config.num_iterations,
+        batch_size=config.batch_size,
+        adversarial_start=round(0.6 * config.num_iterations),
+        num_validation=0,
+        device=config.device,
+    )
+    changes = dict(FIGURE_7)
+    if not config.figure_7:
+        changes |= BEYOND
+        # What is held out is not trained on.
+        changes |= {
+            name: {"num_validation": num_trajectories - max(1, num_trajectories // divisor), "validate_every": 10**9}
+            for name, divisor in FRACTIONS.items()
+        }
+    return {
+        name: [
+            replace(base, **change, seed=seed, out=Path(f"{name.replace(' ', '-')}-{seed}"))
+            for seed in range(config.num_seeds)
+        ]
+        for name, change in changes.items()
+    }
+
+
+def variant(run: DistillConfig, plan: Mapping[str, list[DistillConfig]]) -> dict[str, Any]:
+    """The settings in which a variant differs from "one head a key point"."""
+    full = asdict(plan["one head a key point"][0])
+    return {name: value for name, value in asdict(run).items() if value != full[name] and name not in ("out", "seed")}

@@ -1,0 +1,254 @@
+"""Trains a student by a method that is not AccVideo's, on the same data set, within a budget of evaluations."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+from torch.optim import AdamW
+
+from accvideo.analysis.baselines.consistency import consistency_loss
+from accvideo.analysis.baselines.diffusion import noised, predicted_video
+from accvideo.analysis.baselines.dmd2 import fake_score_loss, student_loss
+from accvideo.analysis.baselines.guided import Budget, Field, GuidedTeacher, at_level, empty_prompt, student_field
+from accvideo.analysis.baselines.perflow import window_loss
+from accvideo.call import denoiser_blocks, layer_features
+from accvideo.dataset import TrajectoryFolder
+from accvideo.discriminator import Head, token_grid
+from accvideo.distill import to_device
+from accvideo.flow import euler_step
+from accvideo.losses import cross_entropy_head_loss
+from accvideo.manifest import Manifest
+from accvideo.start import arithmetic, load_denoisers
+from accvideo.student import Student, save_student, student_config
+from accvideo.trajectory import TrajectoryBatch
+from accvideo.types import Latents
+
+Baseline = Literal["perflow", "consistency", "dmd2"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a student of a baseline is trained."""
+
+    method: Baseline
+    learning_rate: float
+    budget: int
+    """Denoiser evaluations for one sample each, recording included: forward 1, backward 2."""
+    seed: int = 0
+    batch_size: int = 16
+    lora_rank: int | None = None
+    """None: all weights."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    device: str = "cpu"
+    adversarial_weight: float = 0.1
+    """Of DMD2's adversarial term."""
+    fake_updates: int = 5
+    """Of the fake score for each of the student's: DMD2's ratio (arXiv:2405.14867, section 4.2)."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method works with."""
+
+    recipe: Recipe
+    manifest: Manifest
+    student: Student
+    optimizer: AdamW
+    teacher: GuidedTeacher
+    generator: torch.Generator
+    budget: Budget
+
+    def noise(self, like: Latents) -> Latents:
+        """Fresh noise."""
+        return torch.randn(like.shape, generator=self.generator).to(like.device)
+
+    def levels_between(self, keypoint: int, size: int, device: torch.device) -> Tensor:
+        """A random noise level for each sample within the student's step from a key point to the next."""
+        first, last = self.manifest.key_sigmas[keypoint : keypoint + 2]
+        return torch.lerp(first, last, torch.rand(size, generator=self.generator)).to(device)
+
+    def field(self, batch: TrajectoryBatch, keypoint: int) -> Field:
+        """The student's velocity."""
+        return student_field(self.student, self.manifest, batch, keypoint, self.budget)
+
+
+Update = Callable[[int, TrajectoryBatch], Tensor]
+"""One iteration: its number and a batch in, a loss for display out."""
+
+
+def train_baseline(recipe: Recipe, data: str, out: Path, progress: Progress) -> dict[str, Any]:
+    """Train until the budget is spent, and save the student; one that is there already is left as it is.
+
+    Returns:
+        Iterations and evaluations spent.
+
+    Raises:
+        UserError: data set and teacher do not match, or the folder cannot be written.
+    """
+    folder = TrajectoryFolder(data)
+    setting = start(recipe, folder)
+    make = {"perflow": perflow, "consistency": consistency, "dmd2": dmd2}[recipe.method]
+    batches = folder.batches(recipe.batch_size, recipe.seed)
+    first = to_device(next(batches), recipe.device)
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        update = make(setting, first)
+    bar = progress.add_task(out.name, total=recipe.budget, completed=setting.budget.spent)
+    iteration = 0
+    while setting.budget.spent < recipe.budget:
+        for group in setting.optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * setting.budget.spent / recipe.budget))
+        update(iteration, to_device(next(batches), recipe.device))
+        progress.update(bar, completed=setting.budget.spent)
+        iteration += 1
+    spent = {"num_iterations": iteration, "evaluations": setting.budget.spent}
+    config = student_config(folder.manifest, first.calls, recipe.lora_rank, asdict(recipe) | spent)
+    save_student(out, setting.student, config, {})
+    return spent
+
+
+def start(recipe: Recipe, folder: TrajectoryFolder) -> Setting:
+    """Student, teacher and optimizer before the first iteration; the recording is on the budget's account."""
+    manifest = folder.manifest
+    student = make_student(recipe, manifest, keep_teacher=True)
+    budget = Budget(recipe.budget, manifest.denoiser_calls * len(folder))
+    teacher = GuidedTeacher(
+        student=student,
+        sigmas=torch.tensor(manifest.sigmas),
+        keypoints=manifest.keypoints,
+        guidance_scale=manifest.guidance_scale or 1.0,
+        empty={name: value.to(recipe.device) for name, value in empty_prompt(manifest, recipe.device).items()},
+        budget=budget,
+    )
+    optimizer = AdamW(student.trained().values(), lr=recipe.learning_rate, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    return Setting(recipe, manifest, student, optimizer, teacher, generator, budget)
+
+
+def make_student(recipe: Recipe, manifest: Manifest, keep_teacher: bool) -> Student:
+    """A student that is still its teacher."""
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        return Student(
+            {name: denoiser.to(recipe.device) for name, denoiser in load_denoisers(manifest).items()},
+            lora_rank=recipe.lora_rank,
+            arithmetic=partial(arithmetic, recipe.device, recipe.precision),
+            keep_teacher=keep_teacher,
+        )
+
+
+def step(optimizer: AdamW, loss: Tensor) -> Tensor:
+    """One update of the optimizer's parameters alone, the gradient clipped to norm 1; the loss."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    loss.backward(inputs=parameters)
+    nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.detach()
+
+
+def perflow(setting: Setting, first: TrajectoryBatch) -> Update:
+    """Knowledge distillation from forward-diffused points, one window an iteration."""
+    points = setting.manifest.keypoints
+
+    def update(iteration: int, batch: TrajectoryBatch) -> Tensor:
+        keypoint = iteration % (len(points) - 1)
+        video = batch.states[:, -1]
+        levels = setting.teacher.sigmas[points[keypoint] : points[keypoint + 1] + 1].to(video.device)
+        fields = setting.field(batch, keypoint), setting.teacher.field(batch, keypoint)
+        loss = window_loss(*fields, video, setting.noise(video), levels)
+        return step(setting.optimizer, loss.mean())
+
+    return update
+
+
+def consistency(setting: Setting, first: TrajectoryBatch) -> Update:
+    """Consistency distillation, one phase an iteration; each sample starts at one of the teacher's levels in it."""
+    points = setting.manifest.keypoints
+
+    def update(iteration: int, batch: TrajectoryBatch) -> Tensor:
+        keypoint = iteration % (len(points) - 1)
+        video = batch.states[:, -1]
+        begin, end = points[keypoint : keypoint + 2]
+        level = torch.randint(begin, end, (len(video),), generator=setting.generator)
+        sigma, next_sigma = (setting.teacher.sigmas[level + i].to(video.device) for i in (0, 1))
+        fields = setting.field(batch, keypoint), setting.teacher.field(batch, keypoint)
+        last = float(setting.teacher.sigmas[end])
+        loss = consistency_loss(*fields, video, setting.noise(video), sigma, next_sigma, last)
+        return step(setting.optimizer, loss.mean())
+
+    return update
+
+
+def dmd2(setting: Setting, first: TrajectoryBatch) -> Update:
+    """Distribution matching with an adversarial term; the student is trained where its own steps lead.
+
+    DMD2 samples with fresh noise at each step; here the steps are Euler steps, as for all students, so that the same
+    sampler runs them. The head sees the fake score's last features at noised videos; the real ones are the data set's.
+    """
+    recipe, manifest, budget = setting.recipe, setting.manifest, setting.budget
+    num_steps, key_sigmas = manifest.num_student_steps, manifest.key_sigmas
+    fake = make_student(recipe, manifest, keep_teacher=False)
+    fake.load_state_dict(setting.student.state_dict())
+    layer = {name: len(denoiser_blocks(module)) for name, module in fake.denoisers.items()}
+
+    def features(batch: TrajectoryBatch, window: int, latents: Latents, sigma: Tensor) -> Tensor:
+        budget.count(len(latents), 3 if torch.is_grad_enabled() else 1)
+        name = batch.denoisers[window]
+        call = at_level(batch.calls[window], float(key_sigmas[window]), sigma)
+        with fake.arithmetic():
+            return layer_features(fake.denoisers[name], call, latents, layer[name]).float()
+
+    def logits(values: Tensor) -> Tensor:
+        frames, height, width = token_grid(values.shape[1], first.states.shape[2:])
+        images = values.reshape(-1, height, width, values.shape[-1]).permute(0, 3, 1, 2)
+        return head(images).reshape(len(values), -1)
+
+    with torch.no_grad():
+        video = first.states[:, -1]
+        width = features(first, 0, video, key_sigmas[0].expand(len(video)).to(video.device)).shape[-1]
+    head = Head(width).to(recipe.device)
+    optimizer = AdamW([*fake.trained().values(), *head.parameters()], lr=recipe.learning_rate, weight_decay=0.0)
+
+    def generate(keypoint: int, batch: TrajectoryBatch) -> Latents:
+        latents = setting.noise(batch.states[:, 0])
+        with torch.no_grad():
+            for earlier in range(keypoint):
+                sigma, next_sigma = (float(level) for level in key_sigmas[earlier : earlier + 2])
+                velocity = setting.field(batch, earlier)(
+                    latents, torch.full((len(latents),), sigma, device=latents.device)
+                )
+                latents = euler_step(latents, velocity, sigma, next_sigma)
+        sigma = key_sigmas[keypoint].expand(len(latents)).to(latents.device)
+        return predicted_video(latents, setting.field(batch, keypoint)(latents, sigma), sigma)
+
+    def update(iteration: int, batch: TrajectoryBatch) -> Tensor:
+        real_video = batch.states[:, -1]
+        size, device = len(real_video), real_video.device
+        for number in range(recipe.fake_updates):
+            with torch.no_grad():
+                video = generate((iteration + number) % num_steps, batch)
+            window = int(torch.randint(num_steps, (1,), generator=setting.generator))
+            noise, sigma = setting.noise(video), setting.levels_between(window, size, device)
+            field = student_field(fake, manifest, batch, window, budget)
+            both = [noised(each, noise, sigma) for each in (real_video, video)]
+            real_logits, fake_logits = (logits(features(batch, window, each, sigma)) for each in both)
+            head_loss = cross_entropy_head_loss(real_logits, fake_logits)
+            loss = fake_score_loss(field, video, noise, sigma) + recipe.adversarial_weight * head_loss
+            step(optimizer, loss.mean())
+        video = generate(iteration % num_steps, batch)
+        window = int(torch.randint(num_steps, (1,), generator=setting.generator))
+        noise, sigma = setting.noise(video), setting.levels_between(window, size, device)
+        fields = setting.teacher.field(batch, window), student_field(fake, manifest, batch, window, budget)
+        fooled = softplus(-logits(features(batch, window, noised(video, noise, sigma), sigma))).mean(1)
+        loss = student_loss(*fields, video, noise, sigma) + recipe.adversarial_weight * fooled
+        return step(setting.optimizer, loss.mean())
+
+    return update

@@ -1,0 +1,210 @@
+"""AccVideo beside other methods of distillation: the same data set, the same number of denoiser evaluations."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tyro.conf import Positional
+
+from accvideo.analysis.baselines.training import Recipe, train_baseline
+from accvideo.analysis.figure import markdown_table
+from accvideo.analysis.folder import open_analysis, origin, write_results
+from accvideo.analysis.students import Evaluation, evaluate_kinds, metric_figure, metric_table
+from accvideo.command import choose_device, progress_bar
+from accvideo.dataset import TrajectoryFolder
+from accvideo.distill import distill
+from accvideo.manifest import Manifest
+from accvideo.recipe import DistillConfig
+from accvideo.types import UserError
+
+Method = Literal["trajectory", "accvideo", "perflow", "consistency", "dmd2"]
+METHODS: tuple[Method, ...] = ("trajectory", "accvideo", "perflow", "consistency", "dmd2")
+
+PAIRED = 3
+"""Evaluations for a sample of the trajectory loss: forward and backward."""
+
+JUDGED = 6
+"""Of the adversarial half: a student's step with its gradient, the teacher's features of the fake with the gradient of
+its input, and of the real one."""
+
+ADVERSARIAL_START = 0.6
+"""Share of the iterations of AccVideo's before the adversarial half, as in the preset `playground`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselinesConfig:
+    """Trains students by AccVideo and by other methods with equal budgets, and evaluates them side by side.
+
+    Each method is tried with all learning rates on the first seed, on prompts of their own; the best one is used for
+    all seeds. Finished students and rows are kept: the same command goes on where a killed run stopped.
+    """
+
+    data: Positional[str]
+    """Data set that `accvideo record` made."""
+    out: Path
+    """Folder for students, numbers, table and figure."""
+    budget: int
+    """Denoiser evaluations for each student, for one sample each: forward 1, backward 2; the recording counts."""
+    methods: tuple[Method, ...] = METHODS
+    """What to compare. "trajectory" is AccVideo without its adversarial half."""
+    num_seeds: int = 3
+    """Students of each method."""
+    learning_rates: tuple[float, ...] = (5e-5, 2e-4)
+    """Tried for each method."""
+    batch_size: int = 16
+    """Trajectories an iteration."""
+    num_prompts: int = 500
+    """Clips of each row."""
+    num_trial_prompts: int = 100
+    """Clips of each row while learning rates are tried."""
+    prompts: Path | None = None
+    """As for `accvideo evaluate`; needed where the teacher is not the playground's."""
+    device: str = "auto"
+    """`auto` takes the accelerator if there is one."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_seeds", "batch_size", "num_prompts", "num_trial_prompts"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if not self.methods or not self.learning_rates:
+            raise UserError("methods and learning_rates need at least one entry each")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One student to train."""
+
+    method: Method
+    learning_rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its folder."""
+        return f"{self.method}-{self.learning_rate:g}-{self.seed}"
+
+
+def baselines(config: BaselinesConfig) -> dict[str, Any]:
+    """Train, evaluate, and write baselines.json, .md and .svg.
+
+    Raises:
+        UserError: the budget does not go beyond the recording, or whatever distillation and evaluation refuse.
+    """
+    folder = TrajectoryFolder(config.data)
+    check_budget(config, folder.manifest, len(folder))
+    settings = {name: value for name, value in asdict(config).items() if name not in ("out", "device")}
+    cache = open_analysis(config.out, settings)
+    trials, best = choose_rates(config, cache, folder.manifest, len(folder))
+    kinds: dict[str, list[Path]] = {}
+    for method in config.methods:
+        runs = [Run(method, best[method], seed) for seed in range(config.num_seeds)]
+        kinds[method] = [train(config, run, cache, folder.manifest, len(folder)) for run in runs]
+    rows = evaluate_kinds(kinds, evaluation(config, cache / "report", config.num_prompts, seed=0))
+    results = {
+        "command": f"accvideo analyze baselines {config.data} --out DIR --budget {config.budget}",
+        **origin(choose_device(config.device)),
+        "settings": settings,
+        "teacher": folder.manifest.teacher,
+        "num_trajectories": len(folder),
+        "recording": folder.manifest.denoiser_calls * len(folder),
+        "learning_rates": best,
+        "trials": trials,
+        "rows": rows,
+    }
+    return write_results(config.out, "baselines", results, baselines_table(results), metric_figure(rows))
+
+
+def evaluation(config: BaselinesConfig, out: Path, num_prompts: int, seed: int) -> Evaluation:
+    """How students are evaluated, for trials or in the end."""
+    return Evaluation(out=out, num_prompts=num_prompts, prompts=config.prompts, seed=seed, device=config.device)
+
+
+def check_budget(config: BaselinesConfig, manifest: Manifest, num_trajectories: int) -> None:
+    """Refuses a budget that the recording alone spends.
+
+    Raises:
+        UserError: as said.
+    """
+    recording = manifest.denoiser_calls * num_trajectories
+    least = recording + 100 * config.batch_size
+    if config.budget < least:
+        raise UserError(f"budget is {config.budget}; recording alone took {recording}, the least is {least}")
+
+
+def choose_rates(
+    config: BaselinesConfig, cache: Path, manifest: Manifest, num_trajectories: int
+) -> tuple[list[dict[str, Any]], dict[Method, float]]:
+    """The trials, with what each led to, and the best learning rate of each method.
+
+    Best is right most often by the judge, or, where nothing is judged, nearest to the teacher's own latents.
+    """
+    if len(config.learning_rates) == 1:
+        return [], dict.fromkeys(config.methods, config.learning_rates[0])
+    runs = [Run(method, rate, 0) for method in config.methods for rate in config.learning_rates]
+    kinds = {run.name: [train(config, run, cache, manifest, num_trajectories)] for run in runs}
+    rows = evaluate_kinds(kinds, evaluation(config, cache / "trials", config.num_trial_prompts, seed=1))
+    metrics = {row["name"]: row["metrics"] for row in rows}
+
+    def score(run: Run) -> float:
+        mine = metrics[run.name]
+        return mine["all_right"][0] if "all_right" in mine else -mine["latent_mse"][0]
+
+    trials = [asdict(run) | {"score": score(run)} for run in runs]
+    best = {
+        method: max((run for run in runs if run.method == method), key=score).learning_rate for method in config.methods
+    }
+    return trials, best
+
+
+def train(config: BaselinesConfig, run: Run, cache: Path, manifest: Manifest, num_trajectories: int) -> Path:
+    """Train a student, unless it is there already; its folder."""
+    out, device = cache / run.name, choose_device(config.device)
+    if (out / "student.json").exists():
+        return out
+    if run.method in ("trajectory", "accvideo"):
+        left = config.budget - manifest.denoiser_calls * num_trajectories
+        start = ADVERSARIAL_START if run.method == "accvideo" else 1.0
+        num_iterations = round(left / (config.batch_size * (PAIRED + (1 - start) * JUDGED)))
+        distill(
+            DistillConfig(
+                data=config.data,
+                out=out,
+                num_iterations=num_iterations,
+                batch_size=config.batch_size,
+                full=True,
+                learning_rate=run.learning_rate,
+                schedule="cosine",
+                adversarial_weight=0.1 if run.method == "accvideo" else 0.0,
+                adversarial_start=round(start * num_iterations),
+                num_validation=0,
+                precision="float32",
+                device=device,
+                seed=run.seed,
+            )
+        )
+        return out
+    recipe = Recipe(
+        method=run.method,
+        learning_rate=run.learning_rate,
+        budget=config.budget,
+        seed=run.seed,
+        batch_size=config.batch_size,
+        device=device,
+    )
+    with progress_bar() as progress:
+        train_baseline(recipe, config.data, out, progress)
+    return out
+
+
+def baselines_table(results: Mapping[str, Any]) -> str:
+    """All metrics of all rows, and the trials, in Markdown."""
+    trials = [[each["method"], f"{each['learning_rate']:g}", f"{each['score']:.4g}"] for each in results["trials"]]
+    settings = results["settings"]
+    text = (
+        f"Mean and deviation of {settings['num_seeds']} students; {settings['budget']:,} denoiser evaluations each, of "
+        f"which recording took {results['recording']:,}.\n\n{metric_table(results['rows'])}"
+    )
+    if trials:
+        text += f"\nTrials, on other prompts:\n\n{markdown_table(['method', 'learning rate', 'score'], trials)}"
+    return text

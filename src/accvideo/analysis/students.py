@@ -1,0 +1,139 @@
+"""Several students of each kind beside their teacher: the project's own report of all of them, summed up by kind."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from diffusers import UniPCMultistepScheduler
+
+from accvideo.analysis.figure import Panel, color, figure, markdown_table, mean_and_spread, spread_text, whisker
+from accvideo.charts import Plot, nice_ticks
+from accvideo.command import choose_device, progress_bar
+from accvideo.evaluate import EvaluateConfig, choose_prompts, evaluate, load_teacher
+from accvideo.model import with_scheduler
+from accvideo.rows import Plan, Task, make_row, row_key, run_row
+from accvideo.student import read_student_config
+from accvideo.teacher import PLAYGROUND_TEACHER, teacher_path
+from accvideo.wording import METRICS
+
+Row = Mapping[str, Any]
+"""A kind of model: name, num_steps, denoiser_calls, and by metric the values of all its students."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """How students are evaluated."""
+
+    out: Path
+    """Folder of the report."""
+    num_prompts: int
+    prompts: Path | None
+    """As for `accvideo evaluate`."""
+    seed: int
+    """Of prompts and noise."""
+    device: str
+
+
+def evaluate_kinds(kinds: Mapping[str, Sequence[Path]], evaluation: Evaluation) -> list[dict[str, Any]]:
+    """The teacher's rows, then one for each kind of student with the values of all its students.
+
+    Args:
+        kinds: folders of students by kind; all of one teacher, key points and number of steps.
+        evaluation: how they are evaluated.
+    """
+    folders = [str(folder) for students in kinds.values() for folder in students]
+    config = EvaluateConfig(
+        student=folders[0],
+        also=tuple(folders[1:]),
+        out=evaluation.out,
+        num_prompts=evaluation.num_prompts,
+        prompts=evaluation.prompts,
+        seed=evaluation.seed,
+        device=evaluation.device,
+    )
+    rows = evaluate(config)["rows"]
+    teachers = [row for row in rows if row["name"].startswith("teacher")]
+    students = iter([row for row in rows if not row["name"].startswith("teacher")])
+    groups = {row["name"]: [row] for row in [*teachers, unipc_row(config)]}
+    groups |= {kind: [next(students) for _ in members] for kind, members in kinds.items()}
+    return [sum_up(name, members) for name, members in groups.items()]
+
+
+def sum_up(name: str, rows: Sequence[Row]) -> dict[str, Any]:
+    """One row of several students of a kind."""
+    metrics: dict[str, list[float]] = {}
+    for row in rows:
+        for metric, estimate in row["metrics"].items():
+            if estimate is not None:
+                metrics.setdefault(metric, []).append(estimate["mean"])
+    numbers = {key: rows[0][key] for key in ("num_steps", "denoiser_calls")}
+    return {"name": name, **numbers, "metrics": metrics}
+
+
+def unipc_row(config: EvaluateConfig) -> dict[str, Any]:
+    """The teacher with its guidance, by a second-order solver at the students' number of steps.
+
+    UniPC (Zhao et al. 2023, arXiv:2302.04867) on the noise levels that its own scheduler makes of the teacher's
+    settings; a row of the report that is in the folder already.
+    """
+    student, device = read_student_config(Path(config.student)), choose_device(config.device)
+    is_judged = teacher_path(student.teacher) == PLAYGROUND_TEACHER
+    teacher = load_teacher(config, student.teacher, student, device)
+    task = Task(
+        prompts=choose_prompts(config, is_judged),
+        seed=config.seed,
+        batch_size=config.batch_size or (16 if is_judged else 1),
+        dtype=config.dtype,
+        is_judged=is_judged,
+        cache=config.out / "cache",
+    )
+    full = Plan("teacher", teacher.num_steps, teacher.guidance_scale, is_teacher=True)
+    key = row_key(teacher, full, task, None)
+    settings: Any = UniPCMultistepScheduler.from_config(teacher.pipeline.scheduler.config)
+    plain = {name: value for name, value in settings.config.items() if not name.startswith("_")}
+    model = with_scheduler(teacher, {"class": type(settings).__name__, "config": plain})
+    plan = replace(full, name="teacher_unipc", num_steps=student.num_steps)
+    with progress_bar() as progress:
+        return make_row(model, plan, task, run_row(model, plan, task, key, progress))
+
+
+def scaled(name: str, values: Sequence[float]) -> list[float]:
+    """Values of a metric in the unit of the report."""
+    return [100 * value for value in values] if METRICS[name][1] == "%" else list(values)
+
+
+def metric_table(rows: Sequence[Row]) -> str:
+    """All metrics of all rows in Markdown."""
+    names = [name for name in METRICS if any(name in row["metrics"] for row in rows)]
+    header = ["", "steps", "calls", *(f"{METRICS[name][0]}, {METRICS[name][1]}" for name in names)]
+    lines = [
+        [row["name"], str(row["num_steps"]), str(row["denoiser_calls"])]
+        + [spread_text(scaled(name, row["metrics"][name]), 3) if name in row["metrics"] else "–" for name in names]
+        for row in rows
+    ]
+    return markdown_table(header, lines)
+
+
+def metric_figure(rows: Sequence[Row]) -> str:
+    """A panel for each metric, a whisker for each row."""
+    panels = []
+    for name, (title, unit) in METRICS.items():
+        shown = [row for row in rows if name in row["metrics"]]
+        if len(shown) < 2:
+            continue
+        values = [scaled(name, row["metrics"][name]) for row in shown]
+        lows, highs = zip(
+            *((mean - spread, mean + spread) for mean, spread in map(mean_and_spread, values)), strict=True
+        )
+        low, high = min(lows), max(highs)
+        ticks = nice_ticks(low, high if high > low else low + 1)
+        plot = Plot((-0.5, len(shown) - 0.5), (ticks[0], ticks[-1]))
+        marks = ""
+        for number, each in enumerate(values):
+            marks += whisker(plot, number, each, color(number))
+            x = plot.x(number)
+            marks += f'<text transform="translate({x:.1f} 248)" text-anchor="middle">{number + 1}</text>'
+        keys = [(f"{number + 1} {row['name']}", color(number)) for number, row in enumerate(shown)]
+        panels.append(Panel(title, unit, plot.svg(marks, "", ticks, (), title), keys))
+    return figure(panels)

@@ -1,0 +1,43 @@
+from pathlib import Path
+
+import pytest
+
+from accvideo.analysis.ablation import AblationConfig, ablation, plan_runs, variant
+from accvideo.student import read_student_config
+from tests.recorded import PROMPTS, record_tiny
+
+
+def test_each_variant_changes_one_thing_for_all_seeds():
+    plan = plan_runs(AblationConfig(data="data", out=Path("out"), num_seeds=2, num_iterations=50), 64)
+    changes = {name: variant(runs[0], plan) for name, runs in plan.items()}
+    assert changes["one head a key point"] == {}
+    assert changes["trajectory loss only"] == {"adversarial_weight": 0.0}
+    assert changes["one shared head"] == {"shared_head": True}
+    assert changes["an eighth of the trajectories"] == {"num_validation": 56, "validate_every": 10**9}
+    assert all(len(change) == 1 for name, change in changes.items() if change and "trajectories" not in name)
+    assert len({str(change) for change in changes.values()}) == len(changes)
+    outs = [run.out for runs in plan.values() for run in runs]
+    assert len(set(outs)) == len(outs) == 2 * len(plan)
+    assert [run.seed for run in plan["hinge loss"]] == [0, 1]
+
+
+@pytest.mark.slow
+def test_variants_are_distilled_once_and_evaluated_together(tmp_path: Path):
+    record_tiny(tmp_path)
+    (tmp_path / "test.txt").write_text("\n".join(PROMPTS[:2]))
+    config = AblationConfig(
+        data=str(tmp_path / "data"), out=tmp_path / "out", figure_7=True, num_seeds=2, num_iterations=10,
+        batch_size=2, num_prompts=2, prompts=tmp_path / "test.txt",
+    )  # fmt: skip
+    results = ablation(config)
+    by_name = {row["name"]: row for row in results["rows"]}
+    assert list(by_name)[-3:] == ["trajectory loss only", "one shared head", "one head a key point"]
+    assert by_name["teacher_few"]["num_steps"] == 5
+    assert len(by_name["one shared head"]["metrics"]["latent_mse"]) == 2
+    recipe = read_student_config(tmp_path / "out" / "cache" / "one-shared-head-1").recipe
+    assert recipe["shared_head"] and recipe["seed"] == 1 and recipe["adversarial_start"] == 6
+    again = ablation(config)
+    assert again["rows"] == results["rows"] and again["seconds"] == {}
+    assert {path.name for path in (tmp_path / "out").glob("ablation.*")} == {
+        "ablation.json", "ablation.md", "ablation.svg",
+    }  # fmt: skip
