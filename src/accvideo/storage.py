@@ -23,7 +23,10 @@ Result = TypeVar("Result")
 class Storage(Protocol):
     """The files of one folder, which is never written to."""
 
-    address: str
+    @property
+    def address(self) -> str:
+        """Where it is, as the user gave it."""
+        ...
 
     def sizes(self) -> dict[str, int] | None:
         """Names of the entries with their bytes (0: unknown); None if the place cannot be listed."""
