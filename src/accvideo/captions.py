@@ -120,8 +120,12 @@ class Captioner:
 
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         try:
-            self.processor: Any = AutoProcessor.from_pretrained(config.model)
-            model: Any = AutoModelForImageTextToText.from_pretrained(config.model, dtype=dtype, use_safetensors=True)
+            # Said explicitly, or transformers asks on the terminal.
+            own_code = {"trust_remote_code": False}
+            self.processor: Any = AutoProcessor.from_pretrained(config.model, **own_code)
+            model: Any = AutoModelForImageTextToText.from_pretrained(
+                config.model, dtype=dtype, use_safetensors=True, **own_code
+            )
         except (OSError, ValueError, ImportError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(

@@ -169,7 +169,7 @@ class Watch:
         alarms: list[Alarm] = []
         if "keypoint" in line:
             alarms += self.finite(line)
-        if "trajectory_loss" in line:
+        if "trajectory_gradient_norm" in line:  # else the loss is of a step that began off the teacher's trajectory
             alarms += self.trajectory(line)
         if "head_loss" in line:
             alarms += self.heads(line)
