@@ -67,7 +67,7 @@ def test_a_pool_loses_nothing_when_workers_die(config):
     record(config)
     pooled: Any = replace(config, out=Path("pooled"), ray=True, num_workers=2)
     killed: list[int] = []
-    ray.init(num_cpus=2, logging_level="error", log_to_driver=False)
+    ray.init(logging_level="error", log_to_driver=False)  # or the cluster of RAY_ADDRESS
     try:
         killer = threading.Thread(target=kill_those_who_claim, args=(pooled.out, 2, killed))
         killer.start()
@@ -87,8 +87,8 @@ def test_a_pool_loses_nothing_when_workers_die(config):
         Path("prompts.txt").write_text("red square\nan edited circle\ngreen\n")
         with pytest.raises(UserError, match='"a blue circle".*"an edited circle"'):
             record(pooled)
-        with pytest.raises(UserError, match="num_workers is 3: the Ray cluster has 2 CPUs"):
-            record(replace(pooled, num_workers=3))
+        with pytest.raises(UserError, match="num_workers is 9999: the Ray cluster has .* CPUs"):
+            record(replace(pooled, num_workers=9999))
     finally:
         ray.shutdown()
 
