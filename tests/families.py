@@ -388,6 +388,9 @@ def kandinsky_parts(visual_cond: bool) -> dict[str, Any]:
         axes_dims=(4, 4, 4),
         visual_cond=visual_cond,
     )
+    for name, weight in transformer.named_parameters():
+        if "modulation" in name:  # 0 until they are trained: the blocks would do nothing, and learn nothing
+            torch.nn.init.normal_(weight, std=0.1)
     return parts | {
         "text_encoder": Qwen2_5_VLForConditionalGeneration(qwen).eval(),
         "tokenizer": qwen_tokenizer(),  # released: a processor of text and images; here only text is given
