@@ -38,10 +38,9 @@ def joined_ranks(device: str) -> Iterator[None]:
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(backend, timeout=PATIENCE)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    # After an error there is no orderly end: the other ranks may be waiting for this one, until torchrun ends them.
+    dist.destroy_process_group()
 
 
 def rank() -> int:
