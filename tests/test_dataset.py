@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from accvideo import dataset
@@ -14,7 +15,7 @@ from accvideo.distill import DistillConfig, distill
 from accvideo.pack import PackConfig, pack
 from accvideo.trajectory import trajectory_name
 from accvideo.types import UserError
-from tests.recorded import record_tiny
+from tests.recorded import PROMPTS, record_tiny
 from tests.served import served
 from tests.test_storage import copy_to_memory
 from tests.test_trajectory import write_data_set
@@ -173,12 +174,27 @@ def test_only_a_small_data_set_stays_in_memory(folder, monkeypatch):
             assert len(reads) == num_reads
 
 
-def test_a_student_is_distilled_from_shards_elsewhere(tmp_path):
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> TrajectoryFolder:
+    """What a tiny Wan pipeline did on prompts of several lengths."""
+    return record_tiny(tmp_path_factory.mktemp("recorded"))
+
+
+def test_a_recorded_prompt_takes_no_more_rows_than_it_has_tokens(recorded):
+    """Of the 12 that Wan pads it to with zeros; the denoiser is given all 12."""
+    index = PROMPTS.index("green")
+    stored = safetensors.torch.load((Path(recorded.path) / trajectory_name(index)).read_bytes())
+    assert stored["call.encoder_hidden_states"].shape == (1, len("_green") + 1, 16)
+    assert {name for name in stored if "encoder_hidden_states" in name} == {"call.encoder_hidden_states"}
+    for call in recorded[index].calls:
+        assert call.tensors["encoder_hidden_states"].shape == (1, 12, 16)
+
+
+def test_a_student_is_distilled_from_shards_elsewhere(recorded, tmp_path):
     """With the same metrics as from the folder that was recorded."""
-    data = record_tiny(tmp_path)
-    pack(PackConfig(data=str(data.path), out=tmp_path / "shards", shard_size=30_000))
+    pack(PackConfig(data=str(recorded.path), out=tmp_path / "shards", shard_size=30_000))
     losses = []
-    for name, address in (("a", str(data.path)), ("b", copy_to_memory(tmp_path / "shards", "distilled"))):
+    for name, address in (("a", str(recorded.path)), ("b", copy_to_memory(tmp_path / "shards", "distilled"))):
         out = tmp_path / name
         distill(DistillConfig(data=address, out=out, num_iterations=2, batch_size=2, num_validation=1, lora_rank=2))
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -1,5 +1,6 @@
 """What is bad is recorded again, to the byte, and nothing else is touched."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from accvideo.trajectory import read_trajectory, trajectory_name, write_trajecto
 from accvideo.types import UserError
 from accvideo.verify import problems
 from tests.recorded import record_tiny
+from tests.test_trajectory import as_format_1
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +76,24 @@ def test_of_two_copies_both_are_recorded_again(recorded, tmp_path):
     assert {name: data for name, (_, data) in state(folder).items()} == {
         name: data for name, (_, data) in before.items()
     }
+
+
+def test_a_data_set_of_the_first_format_is_gone_on_with(recorded, tmp_path):
+    """What is new in it is of the present format; the rest is left alone, and reads the same."""
+    folder = copied(recorded, tmp_path)
+    before = state(folder)
+    values = {name: value for name, value in json.loads(before["manifest.json"][1]).items() if name != "sha256"}
+    (folder / "manifest.json").write_text(json.dumps(values | {"format": 1}))
+    for index in range(6):
+        path = folder / trajectory_name(index)
+        path.write_bytes(as_format_1(path.read_bytes()))
+    old = state(folder)
+    (folder / trajectory_name(2)).unlink()
+    found = repair(RepairConfig(folder=folder, prompts=recorded / "prompts.txt"))
+    assert (found["num_recorded"], found["problems"]) == (1, [])
+    after = {name: data for name, (_, data) in state(folder).items()}
+    assert after.pop("000002.safetensors") == before["000002.safetensors"][1]
+    assert after == {name: data for name, (_, data) in old.items() if name in after}
 
 
 def test_other_prompts_are_refused(recorded, tmp_path):
