@@ -43,12 +43,15 @@ class Norm(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """The features normalized by the batch's own statistics in training, else by the running ones."""
-        mean, variance = self.running_mean, self.running_variance
-        if self.training:
-            variance, mean = torch.var_mean(hidden, dim=1, keepdim=True)
-            with torch.no_grad():
-                self.running_mean.lerp_(mean, MOMENTUM)
-                self.running_variance.lerp_(variance, MOMENTUM)
+        if not self.training:
+            factor = self.scale * (self.running_variance + EPSILON).rsqrt()
+            return torch.addcmul(self.shift - self.running_mean * factor, hidden, factor)
+        # Not torch.var_mean: along this axis it takes longer than all else here together.
+        mean = hidden.mean(dim=1, keepdim=True)
+        variance = torch.addcmul(hidden.square().mean(dim=1, keepdim=True), mean, mean, value=-1)
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, MOMENTUM)
+            self.running_variance.lerp_(variance, MOMENTUM)
         factor = self.scale * (variance + EPSILON).rsqrt()
         return torch.addcmul(self.shift - mean * factor, hidden, factor)
 
