@@ -330,14 +330,16 @@ def test_killed_ranks_go_on_and_any_number_of_ranks_can(folder: TrajectoryFolder
 
 
 @pytest.mark.slow
-def test_ranks_train_in_bfloat16_two_experts_with_blocks_computed_again(tmp_path: Path):
+def test_ranks_train_a_bfloat16_teacher_of_two_experts_with_blocks_computed_again(tmp_path: Path):
     """Close to one rank, whose weights are rounded at other places, and a student that loads."""
-    folder = record_tiny(tmp_path, "unipc", experts=2, num_steps=4, num_student_steps=2)
-    settings = {"full": True, "precision": "bfloat16", "gradient_checkpointing": True, "learning_rate": 1e-4}
-    run_ranks(lambda: distill(tiny_config(folder, tmp_path / "two", **settings)), 2, tmp_path / "log")
-    distill(tiny_config(folder, tmp_path / "one", **settings))
-    for (name, value), (_, other) in zip(numbers_of(tmp_path / "two"), numbers_of(tmp_path / "one"), strict=True):
-        if name.endswith("loss"):
-            assert value == pytest.approx(other, rel=0.05), name
-    pipeline: Any = load_student(tmp_path / "two")[0]
-    assert {weight.dtype for weight in pipeline.transformer_2.parameters()} == {torch.float32}
+    folder = record_tiny(tmp_path, "unipc", experts=2, num_steps=4, num_student_steps=2, dtype="bfloat16")
+    common = {"precision": "bfloat16", "gradient_checkpointing": True, "learning_rate": 1e-4}
+    for name, settings in {"full": {"full": True}, "lora": {"shard_base": True}}.items():
+        one, two = (tiny_config(folder, tmp_path / f"{number} {name}", **common) for number in ("one", "two"))
+        two = replace(two, **settings)
+        run_ranks(lambda two=two: distill(two), 2, tmp_path / "log")
+        distill(replace(one, full=two.full))
+        for (what, value), (_, other) in zip(numbers_of(two.out), numbers_of(one.out), strict=True):
+            if what.endswith("loss"):
+                assert value == pytest.approx(other, rel=0.05), (name, what)
+        load_student(two.out)
