@@ -207,15 +207,16 @@ def draw(runs: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
             bells("worse_than_start"),
         ),
         "saturation": picture(
-            "Share of values beyond the teacher's 0.1 and 99.9 percentiles",
-            each(lambda name, lines: validations(lines, "saturation")),
+            "Values beyond the teacher's usual range, %",
+            each(lambda name, lines: [(x, 100 * y) for x, y in validations(lines, "saturation")]),
             bells("saturation"),
-            [0.02],
+            [2],
         ),
     }
     for name in ("contrast", "motion", "diversity"):
         curves = each(lambda run, lines, name=name: validations(lines, name))
-        pictures[name] = picture(f"{name.capitalize()} over the teacher's", curves, bells(name), [1])
+        title = f"{name.capitalize()} over the teacher's"
+        pictures[name] = picture(title, curves, bells(name), [1], logarithmic=name == "motion")
     return pictures
 
 

@@ -115,7 +115,7 @@ class Alarm:
 
     def line(self, iteration: int) -> dict[str, Any]:
         """As a line of metrics."""
-        message = f"{self.meaning} is {self.measured:.3g}, the limit {self.threshold:g}. {self.advice}"
+        message = f"{self.meaning} is {self.measured:.3g}, the limit {self.threshold:.4g}. {self.advice}"
         return {
             "iteration": iteration,
             "alarm": self.name,
