@@ -9,7 +9,7 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from accvideo.analysis.folder import open_analysis, origin, write_results
+from accvideo.analysis.folder import open_analysis, origin, settings_of, write_results
 from accvideo.analysis.students import Evaluation, evaluate_kinds, metric_figure, metric_table
 from accvideo.command import choose_device
 from accvideo.dataset import TrajectoryFolder
@@ -80,7 +80,7 @@ def ablation(config: AblationConfig) -> dict[str, Any]:
     Raises:
         UserError: whatever distillation and evaluation refuse.
     """
-    settings = {name: value for name, value in asdict(config).items() if name not in ("out", "device")}
+    settings = settings_of(config)
     plan = plan_runs(config, len(TrajectoryFolder(config.data)))
     cache = open_analysis(config.out, settings)
     seconds: dict[str, float] = {}

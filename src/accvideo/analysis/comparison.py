@@ -9,7 +9,7 @@ from tyro.conf import Positional
 
 from accvideo.analysis.baselines.training import Recipe, train_baseline
 from accvideo.analysis.figure import markdown_table
-from accvideo.analysis.folder import open_analysis, origin, write_results
+from accvideo.analysis.folder import open_analysis, origin, settings_of, write_results
 from accvideo.analysis.students import Evaluation, evaluate_kinds, metric_figure, metric_table
 from accvideo.command import choose_device, progress_bar
 from accvideo.dataset import TrajectoryFolder
@@ -93,7 +93,7 @@ def baselines(config: BaselinesConfig) -> dict[str, Any]:
     """
     folder = TrajectoryFolder(config.data)
     check_budget(config, folder.manifest, len(folder))
-    settings = {name: value for name, value in asdict(config).items() if name not in ("out", "device")}
+    settings = settings_of(config)
     cache = open_analysis(config.out, settings)
     trials, best = choose_rates(config, cache, folder.manifest, len(folder))
     kinds: dict[str, list[Path]] = {}

@@ -1,7 +1,8 @@
 """The folder of an analysis: its settings, what a killed run goes on with, and where the numbers come from."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,12 @@ from accvideo.types import UserError
 SETTINGS = "settings.json"
 
 
+def settings_of(config: Any, places: Collection[str] = ("out", "device")) -> dict[str, Any]:
+    """A configuration as JSON values, without those that change nothing in the numbers."""
+    values = {name: value for name, value in asdict(config).items() if name not in places}
+    return json.loads(json.dumps(values, default=str))
+
+
 def open_analysis(folder: Path, settings: Mapping[str, Any]) -> Path:
     """Make the folder of an analysis with these settings, or find it; returns its cache.
 
@@ -19,7 +26,6 @@ def open_analysis(folder: Path, settings: Mapping[str, Any]) -> Path:
         UserError: it holds something else, or an analysis of other settings.
     """
     path = folder / SETTINGS
-    settings = json.loads(json.dumps(settings, default=str))
     if not path.exists():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} exists and holds no analysis; choose a new or empty folder as --out")

@@ -10,7 +10,7 @@ import torch
 from tyro.conf import Positional
 
 from accvideo.analysis.figure import Panel, color, dot, figure, markdown_table, polyline
-from accvideo.analysis.folder import open_analysis, origin, write_results
+from accvideo.analysis.folder import open_analysis, origin, settings_of, write_results
 from accvideo.analysis.grids import Costs, best_grid, best_shift, even_grid, grid_cost, secant_costs, start_costs
 from accvideo.charts import Plot, log_ticks
 from accvideo.dataset import TrajectoryFolder
@@ -52,7 +52,7 @@ def keypoints(config: KeypointsConfig) -> dict[str, Any]:
     """
     folder = TrajectoryFolder(config.data)
     check_states(folder.manifest, config)
-    open_analysis(config.out, {"data": str(config.data), "num_student_steps": list(config.num_student_steps)})
+    open_analysis(config.out, settings_of(config, ("out", "write")))
     indices = range(len(folder))
     half = len(indices) // 2
     chosen_on, measured_on = (indices[:half], indices[half:]) if half else (indices, indices)

@@ -17,7 +17,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from accvideo.analysis.figure import markdown_table, spread_text
-from accvideo.analysis.folder import open_analysis, origin, write_results
+from accvideo.analysis.folder import open_analysis, origin, settings_of, write_results
 from accvideo.analysis.line import DATA, exact_velocity, moved_data, trajectories, useless_share
 from accvideo.analysis.networks import Points, VelocityNetworks, generator
 from accvideo.analysis.toy_figure import toy_figure
@@ -94,7 +94,7 @@ def toy(config: ToyConfig) -> dict[str, Any]:
         iterations=config.iterations,
         num_trajectories=config.num_trajectories,
     )
-    cache = open_analysis(config.out, {name: value for name, value in asdict(config).items() if name != "out"})
+    cache = open_analysis(config.out, settings_of(config))
     if not cache.exists():
         print(f"about {estimate_seconds(study) / 60:.1f} minutes on this machine", file=sys.stderr)
     with progress_bar() as progress:
@@ -106,7 +106,7 @@ def toy(config: ToyConfig) -> dict[str, Any]:
         **origin(),
         "seeds": list(study.seeds),
         "seconds": trained.seconds,
-        "settings": {name: value for name, value in asdict(study).items() if name not in ("sigmas", "keypoints")},
+        "settings": asdict(study),
         "teacher": teacher_numbers(study, trained.teacher),
         "useless": useless_numbers(study, states),
         "models": model_numbers(trained, samples),
@@ -127,7 +127,7 @@ def train_all(study: Study, cache: Path, progress: Progress) -> Trained:
 
 def estimate_seconds(study: Study) -> float:
     """How long the study will take, from a few iterations of each part."""
-    short = replace(study, teacher_iterations=10, iterations=10)
+    short = replace(study, teacher_iterations=10, iterations=10, num_trajectories=study.batch_size)
     with TemporaryDirectory() as folder, Progress(disable=True) as progress:
         seconds = train_all(short, Path(folder), progress).seconds
     students = sum(seconds.values()) - seconds["teacher"]

@@ -1,7 +1,7 @@
 """The 1-D study's teacher and its students, all seeds and variants of a method side by side."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -45,13 +45,16 @@ class Study:
     """Of the fake score for each of the student's: DMD2's ratio (arXiv:2405.14867, section 4.2)."""
     mismatches: tuple[float, ...] = (0.0, 1.5, 3.0)
     """Degrees M that students are distilled at."""
-    sigmas: Tensor = field(init=False, repr=False)
-    """Noise levels of the teacher's steps."""
-    keypoints: list[int] = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "sigmas", shifted_sigmas(self.num_steps))
-        object.__setattr__(self, "keypoints", keypoint_indices(self.num_steps, self.num_student_steps))
+    @property
+    def sigmas(self) -> Tensor:
+        """Noise levels of the teacher's steps."""
+        return shifted_sigmas(self.num_steps)
+
+    @property
+    def keypoints(self) -> list[int]:
+        """The states that a student visits."""
+        return keypoint_indices(self.num_steps, self.num_student_steps)
 
     @property
     def key_sigmas(self) -> list[float]:
