@@ -1,10 +1,11 @@
 """How long a training step waits for its data: from files, from shards, from a web server.
 
-    python benchmarks/reading.py [--step-seconds 1] [--num-steps 20] [--num-trajectories 6]
+    python benchmarks/reading.py [--step-seconds 2] [--num-steps 10] [--num-trajectories 6] [--busy]
 
 Records of the size of Wan at 480x832x81 (51 MB each) are written to a temporary folder, and nothing is kept in memory
-between reads: each step reads its batch, checks its SHA-256 and collates it. A step of training is stood in for by
-matrix products of a given time in the main thread. "alone" is what reading takes if nothing is read ahead.
+between reads: each step reads its batch, checks its SHA-256 and collates it. In place of a step of training the main
+thread waits, as it does for an accelerator; with --busy it multiplies matrices meanwhile. "alone" is what reading takes
+if nothing is read ahead, with the processor's share of it.
 """
 
 import argparse
@@ -12,7 +13,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -41,30 +41,34 @@ def write_data_set(folder: Path, number: int) -> None:
     print(file=sys.stderr)
 
 
-def work(seconds: float) -> None:
-    """Matrix products for a time."""
+def work(seconds: float, busy: bool) -> None:
+    """A step's time, with or without matrix products."""
+    if not busy:
+        time.sleep(seconds)
+        return
     ended, matrix = time.perf_counter() + seconds, torch.randn(256, 256)
     while time.perf_counter() < ended:
         matrix = torch.nn.functional.normalize(matrix @ matrix)
 
 
-def waited(batches: Iterator[TrajectoryBatch], num_steps: int, step_seconds: float) -> list[float]:
-    """Seconds before each step, but for the first two, which nothing was read ahead of."""
+def waited(batches: Iterator[TrajectoryBatch], options: argparse.Namespace) -> float:
+    """Mean seconds before a step, but for the first two, which nothing was read ahead of."""
     times = []
-    for _ in range(num_steps + 2):
+    for _ in range(options.num_steps + 2):
         began = time.perf_counter()
         next(batches)
         times.append(time.perf_counter() - began)
-        work(step_seconds)
-    return times[2:]
+        work(options.step_seconds, options.busy)
+    return sum(times[2:]) / options.num_steps
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--step-seconds", type=float, default=1.0)
-    parser.add_argument("--num-steps", type=int, default=20)
+    parser.add_argument("--step-seconds", type=float, default=2.0)
+    parser.add_argument("--num-steps", type=int, default=10)
     parser.add_argument("--num-trajectories", type=int, default=6)
+    parser.add_argument("--busy", action="store_true", help="keep the processor busy during a step")
     options = parser.parse_args()
     torch.set_num_threads(1)
     dataset.CACHE_BYTES = 1
@@ -74,18 +78,16 @@ def main() -> None:
         write_data_set(folder, options.num_trajectories)
         pack(PackConfig(data=str(folder), out=shards, shard_size=160_000_000))
         with served(shards) as (url, _):
-            print(f"{'from':>8} {'MB/s alone':>10} {'s alone':>8} {'s waited':>9} {'share of a step':>15}")
+            print(f"{'from':>7} {'s alone':>8} {'of it CPU':>9} {'s waited':>9} {'share of a step':>15}")
             for name, address in (("files", str(folder)), ("shards", str(shards)), ("http", url)):
                 data = TrajectoryFolder(address)
-                began = time.perf_counter()
-                for index in islice(range(len(data)), 4):
+                began, began_cpu = time.perf_counter(), time.process_time()
+                for index in range(4):
                     dataset.collate_trajectories([data[index]])
-                alone = (time.perf_counter() - began) / 4
-                size = (data.source.num_bytes or 0) / len(data)
-                times = waited(data.batches(1, seed=0), options.num_steps, options.step_seconds)
-                mean = sum(times) / len(times)
+                alone, cpu = (time.perf_counter() - began) / 4, (time.process_time() - began_cpu) / 4
+                mean = waited(data.batches(1, seed=0), options)
                 share = mean / (mean + options.step_seconds)
-                print(f"{name:>8} {size / alone / 1e6:10.0f} {alone:8.3f} {mean:9.4f} {share:15.2%}")
+                print(f"{name:>7} {alone:8.3f} {cpu:9.3f} {mean:9.4f} {share:15.2%}", flush=True)
 
 
 if __name__ == "__main__":
