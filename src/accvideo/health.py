@@ -200,7 +200,9 @@ class Watch:
         ratio = fmean(self.losses)
         if len(self.losses) == self.losses.maxlen and ratio > MAX_LOSS_RATIO:
             meaning = "The trajectory loss over that before the training, mean of a sweep,"
-            advice = "The student diverges: lower --learning-rate, or raise --warmup-iterations."
+            advice = (
+                "The student diverges: lower --learning-rate or --adversarial-weight, or raise --warmup-iterations."
+            )
             yield Alarm("diverging", ratio, MAX_LOSS_RATIO, meaning, advice)
 
     def heads(self, line: Mapping[str, Any]) -> Iterable[Alarm]:
