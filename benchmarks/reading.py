@@ -51,15 +51,16 @@ def work(seconds: float, busy: bool) -> None:
         matrix = torch.nn.functional.normalize(matrix @ matrix)
 
 
-def waited(batches: Iterator[TrajectoryBatch], options: argparse.Namespace) -> float:
-    """Mean seconds before a step, but for the first two, which nothing was read ahead of."""
-    times = []
+def waited(batches: Iterator[TrajectoryBatch], options: argparse.Namespace) -> tuple[float, float]:
+    """Mean seconds before a step, and those that the main thread worked, but for the first two, not read ahead."""
+    times, worked = [], []
     for _ in range(options.num_steps + 2):
-        began = time.perf_counter()
+        began, began_work = time.perf_counter(), time.thread_time()
         next(batches)
         times.append(time.perf_counter() - began)
+        worked.append(time.thread_time() - began_work)
         work(options.step_seconds, options.busy)
-    return sum(times[2:]) / options.num_steps
+    return sum(times[2:]) / options.num_steps, sum(worked[2:]) / options.num_steps
 
 
 def main() -> None:
@@ -78,16 +79,18 @@ def main() -> None:
         write_data_set(folder, options.num_trajectories)
         pack(PackConfig(data=str(folder), out=shards, shard_size=160_000_000))
         with served(shards) as (url, _):
-            print(f"{'from':>7} {'s alone':>8} {'of it CPU':>9} {'s waited':>9} {'share of a step':>15}")
+            print(
+                f"{'from':>7} {'s alone':>8} {'of it CPU':>9} {'s waited':>9} {'of it CPU':>9} {'share of a step':>15}"
+            )
             for name, address in (("files", str(folder)), ("shards", str(shards)), ("http", url)):
                 data = TrajectoryFolder(address)
                 began, began_cpu = time.perf_counter(), time.process_time()
                 for index in range(4):
                     dataset.collate_trajectories([data[index]])
                 alone, cpu = (time.perf_counter() - began) / 4, (time.process_time() - began_cpu) / 4
-                mean = waited(data.batches(1, seed=0), options)
+                mean, worked = waited(data.batches(1, seed=0), options)
                 share = mean / (mean + options.step_seconds)
-                print(f"{name:>7} {alone:8.3f} {cpu:9.3f} {mean:9.4f} {share:15.2%}", flush=True)
+                print(f"{name:>7} {alone:8.3f} {cpu:9.3f} {mean:9.4f} {worked:9.4f} {share:15.2%}", flush=True)
 
 
 if __name__ == "__main__":
