@@ -223,7 +223,7 @@ def killed_at_random(config: RecordConfig, tmp_path: Path, num_kills: int, num_w
         for _ in range(random.randint(1, 3)):
             pids = [fork(work(again, rank, num_workers)) for rank in range(num_workers)]
             began = time.monotonic()
-            for moment, pid in sorted((random.uniform(0, seconds), pid) for pid in pids):
+            for moment, pid in sorted((random.uniform(0, 0.9 * seconds), pid) for pid in pids):
                 time.sleep(max(0.0, began + moment - time.monotonic()))
                 os.kill(pid, signal.SIGKILL)
             kills += sum(end_of(pid) == -signal.SIGKILL for pid in pids)

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tqdm.auto
+import tqdm.std
 
 from accvideo.types import UserError
 from accvideo.workers import LEFTOVER_SECONDS, BackgroundWriter, Claims, Place, find_place, is_gone
@@ -23,6 +25,8 @@ def fork(function: Callable[[], int | None]) -> int:
         code = 77
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            for bar in (tqdm.std.tqdm, tqdm.auto.tqdm):  # their lock is shared with copies, which may die with it
+                bar.set_lock(threading.RLock())
             code = function() or 0
         finally:
             os._exit(code)
