@@ -187,7 +187,7 @@ def distill(preset: Preset, device: str, gpu: Gpu) -> dict[str, Any]:
     states = torch.randn(1, num_steps + 1, *preset.state_shape, device=device)
     batch = TrajectoryBatch(states, (call,) * num_steps, ("transformer",) * num_steps, ("",), (0,))
     config = DistillConfig(
-        data=Path(), out=Path(), num_iterations=3, batch_size=1, lora_rank=RANK, num_validation=0,
+        data="", out=Path(), num_iterations=3, batch_size=1, lora_rank=RANK, num_validation=0,
         feature_layers=preset.feature_layers, gradient_checkpointing=True, device=device, precision="bfloat16",
     )  # fmt: skip
     sigmas = shifted_sigmas(num_steps, preset.shift or 1.0)

@@ -346,7 +346,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     with console.status("counting operations on the meta device"):
         sizes, costs = count_parameters(preset), count_video(preset)
         training = whole(preset, partial(training_cost, preset))
-    recipe = paper(Path(), Path())
+    recipe = paper("", Path())
     num_samples = recipe.num_iterations * recipe.batch_size
     num_trajectories = config.num_trajectories or num_samples
 
