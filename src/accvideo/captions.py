@@ -120,11 +120,10 @@ class Captioner:
 
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         try:
-            # Said explicitly, or transformers asks on the terminal.
-            own_code = {"trust_remote_code": False}
-            self.processor: Any = AutoProcessor.from_pretrained(config.model, **own_code)
+            # No code of the model's own, said explicitly, or transformers asks on the terminal.
+            self.processor: Any = AutoProcessor.from_pretrained(config.model, trust_remote_code=False)
             model: Any = AutoModelForImageTextToText.from_pretrained(
-                config.model, dtype=dtype, use_safetensors=True, **own_code
+                config.model, dtype=dtype, use_safetensors=True, trust_remote_code=False
             )
         except (OSError, ValueError, ImportError) as error:
             reason = str(error).strip().splitlines()[0]

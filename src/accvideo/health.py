@@ -159,7 +159,9 @@ class Watch:
     def __post_init__(self) -> None:
         sweep = self.num_student_steps
         self.losses = deque(maxlen=sweep)
-        self.head_losses, self.accuracies, self.pulls = (deque(maxlen=2 * sweep) for _ in range(3))
+        self.head_losses = deque(maxlen=2 * sweep)
+        self.accuracies = deque(maxlen=2 * sweep)
+        self.pulls = deque(maxlen=2 * sweep)
 
     def look(self, line: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The lines of the alarms that ring at a line of metrics for the first time."""
