@@ -151,7 +151,7 @@ def choose_rates(
         return mine["all_right"][0] if "all_right" in mine else -mine["latent_mse"][0]
 
     trials = [asdict(run) | {"score": score(run)} for run in runs]
-    best = {
+    best: dict[Method, float] = {
         method: max((run for run in runs if run.method == method), key=score).learning_rate for method in config.methods
     }
     return trials, best
