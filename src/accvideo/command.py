@@ -50,11 +50,12 @@ def read_prompt_file(path: Path) -> list[Prompt]:
     lines = text.split("\n")  # not `splitlines`, which also splits at form feeds and Unicode's own separators
     if path.suffix.lower() == ".csv":
         csv.field_size_limit(max(len(text), 1))
-        table = [{name: cell_value(name, cell) for name, cell in row.items()} for row in csv.DictReader(io.StringIO(text))]
-        rows = [(f"row {number}", row) for number, row in enumerate(table, 1)]
+        table = csv.DictReader(io.StringIO(text))
+        cells = [{name: cell_value(name, cell) for name, cell in row.items()} for row in table]
+        rows = [(f"row {number}", row) for number, row in enumerate(cells, 1)]
     elif path.suffix.lower() == ".jsonl":
-        rows = [(f"line {number}", _json_row(path, number, line)) for number, line in enumerate(lines, 1)
-                if line.strip()]  # fmt: skip
+        numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+        rows = [(f"line {number}", _json_row(path, number, line)) for number, line in numbered]
     else:
         rows = [("", {"prompt": line.strip()}) for line in lines if line.strip()]
     if not rows:

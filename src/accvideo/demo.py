@@ -59,7 +59,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     finished("record")
 
     say("2/3  Distill a student of 5 steps, 5 denoiser calls")
-    recipe = playground(data, student)
+    recipe = playground(str(data), student)
     share = config.num_iterations / recipe.num_iterations
     distill(
         replace(

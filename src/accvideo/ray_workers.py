@@ -5,9 +5,11 @@ folder as all the others: see `accvideo.workers`. One that dies is replaced, and
 """
 
 import io
+import logging
 import os
 import time
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import redirect_stderr, suppress
 from typing import Any
 
@@ -35,7 +37,7 @@ def record_on_ray(config: RecordConfig) -> dict[str, Any]:
     check_folder(config.out)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent to anybody
     if own := not ray.is_initialized():
-        ray.init(logging_level="error", log_to_driver=False)
+        ray.init(logging_level=logging.ERROR, log_to_driver=False)
     try:
         kind, num_workers = workers_of(config, ray.cluster_resources())
         with progress_bar() as progress:
@@ -48,7 +50,7 @@ def record_on_ray(config: RecordConfig) -> dict[str, Any]:
     return done | {"num_workers": num_workers, "num_restarts": pool.num_restarts}
 
 
-def workers_of(config: RecordConfig, resources: dict[str, float]) -> tuple[str, int]:
+def workers_of(config: RecordConfig, resources: Mapping[str, float]) -> tuple[str, int]:
     """What each worker takes one of, "GPU" or "CPU", and the number of workers.
 
     Raises:
@@ -106,7 +108,7 @@ class Worker:
 class Pool:
     """Workers, and the blocks that they are given."""
 
-    def __init__(self, config: RecordConfig, num_workers: int, resources: dict[str, float], progress: Progress):
+    def __init__(self, config: RecordConfig, num_workers: int, resources: Mapping[str, float], progress: Progress):
         """Does nothing yet.
 
         Args:
@@ -118,7 +120,8 @@ class Pool:
         self.config, self.num_workers, self.progress = config, num_workers, progress
         self.num_recorded = self.num_blocks = self.num_restarts = 0
         """Trajectories that were missing; blocks denoised, some perhaps twice; workers that took a dead one's place."""
-        self._actor_class: Any = ray.remote(**resources)(Worker)
+        remote: Any = ray.remote
+        self._actor_class = remote(**resources)(Worker)
         self._actors: dict[int, Any] = {}
         self._busy: dict[Any, tuple[int, Block | str]] = {}  # what is waited for -> worker and job
         self._idle: list[int] = []
