@@ -7,10 +7,10 @@ BIN = .venv/bin
 demo: .venv/installed
 	$(BIN)/accvideo demo --out runs/demo
 
-test: .venv/installed
+test: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not slow"
 
-check: .venv/installed
+check: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
@@ -25,5 +25,9 @@ clean:
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/installed-dev: .venv/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
