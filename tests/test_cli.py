@@ -101,3 +101,9 @@ def test_help_lists_the_presets_and_shows_the_values_of_the_one_chosen(
     shown = capsys.readouterr().out
     assert "--preset {default," in shown and "hunyuan-544p" in shown
     assert {"record": "(default: 832)", "distill": "(default: 5e-06)"}[command] in shown
+
+
+def test_a_demo_without_trajectories_to_train_on_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert cli.run(["demo", "--num-trajectories", "16", "--out", str(tmp_path / "demo")]) == 1
+    assert "16 are held out" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()

@@ -13,6 +13,7 @@ from accvideo.model import PLAYGROUND_STUDENT
 from accvideo.playground.prompts import PromptsConfig, prompts
 from accvideo.recipe import playground
 from accvideo.record import RecordConfig, record
+from accvideo.types import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,11 @@ class DemoConfig:
     """Held-out prompts that teacher and student are compared on."""
     seed: int = 0
     """Of prompts, noise and training."""
+
+    def __post_init__(self) -> None:
+        """Refuse a data set of which nothing would be left to train on."""
+        if self.num_trajectories <= (held_out := playground("", self.out).num_validation):
+            raise UserError(f"num_trajectories is {self.num_trajectories}: {held_out} are held out, so ask for more")
 
 
 def demo(config: DemoConfig) -> dict[str, Any]:
