@@ -1,4 +1,5 @@
 import re
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -103,8 +104,18 @@ def test_wandb_takes_the_metrics_of_a_run_without_the_network(tmp_path: Path, mo
         for line in LINES:
             write(line)
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    data = payload(file.read_bytes())
-    for line in LINES:
-        for name, value in scalars(line).items():
-            assert name in data and re.search(rf"\D{re.escape(format(value, 'g'))}\D", data), name
-    assert "learning_rate" in data and "0.125" in data
+    values = [item for line in LINES for item in scalars(line).items()]
+    wanted = [("learning_rate", 0.125), *values]
+
+    def missing() -> list[str]:
+        data = payload(file.read_bytes())
+        return [
+            name
+            for name, value in wanted
+            if name not in data or not re.search(rf"\D{re.escape(format(value, 'g'))}\D", data)
+        ]
+
+    deadline = time.monotonic() + 60
+    while (left := missing()) and time.monotonic() < deadline:  # a process of W&B's own writes the file
+        time.sleep(0.2)
+    assert not left
