@@ -29,7 +29,7 @@ _FOREGROUND = 30.0
 _MIN_CORE = 4 * NUM_FRAMES
 """Pixels of a color with all four neighbors of that color that a clip needs for the color to be looked for."""
 _MIN_AREA = 40.0
-"""Mean area of an object; the smallest of the world's have 77, a third of the mean one is 55."""
+"""Mean area of an object; the smallest of the world's have 96, a third of the mean one is 66."""
 _MIN_FRAME_AREA, _MIN_FRAMES = 12.0, 10
 """An object has that area in that many frames."""
 _USUAL_AMOUNT = {"slide": 25.0, "resize": 0.7, "spin": 3.25, "hop": 20.0}
@@ -491,7 +491,7 @@ def _templates() -> Float[Tensor, "shapes variants pixels"]:
     fine, step = 4 * _CANVAS, _CANVAS_WIDTH / (4 * _CANVAS)
     place = (torch.arange(fine) + 0.5) * step - _CANVAS_WIDTH / 2
     reach = torch.arange(-fine // 4, fine // 4 + 1) * step
-    kernels = [torch.exp(-reach.square() / (2 * max(blur, 1e-3) ** 2)) for blur in _BLURS]
+    bells = [torch.exp(-reach.square() / (2 * max(blur, 1e-3) ** 2)) for blur in _BLURS]
     shapes = []
     for name, area in zip(SHAPES, _shape_constants()[0], strict=True):
         radii = [scale * (math.pi / area) ** 0.5 for scale in _SCALES]
@@ -499,11 +499,12 @@ def _templates() -> Float[Tensor, "shapes variants pixels"]:
             [radius * world.signed_distance(name, place / radius, place[:, None] / radius) for radius in radii]
         )
         sharp = (0.5 - distance / step).clamp(0, 1)[:, None]
-        for_blur = []
-        for kernel in kernels:
-            rows = conv2d(sharp, (kernel / kernel.sum()).view(1, 1, 1, -1), padding="same")
-            for_blur.append(conv2d(rows, (kernel / kernel.sum()).view(1, 1, -1, 1), padding="same"))
-        shapes.append(avg_pool2d(torch.cat(for_blur), 4).flatten(1))
+        blurred = []
+        for bell in bells:
+            kernel = bell / bell.sum()
+            rows = conv2d(sharp, kernel.view(1, 1, 1, -1), padding="same")
+            blurred.append(conv2d(rows, kernel.view(1, 1, -1, 1), padding="same"))
+        shapes.append(avg_pool2d(torch.cat(blurred), 4).flatten(1))
     return torch.stack(shapes)
 
 

@@ -203,8 +203,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     device = torch.device(gpu if config.device == "auto" else config.device)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    claim_folder(config)
     start = load_start(config.start_from)
+    claim_folder(config)
     vae = start.vae.to(device) if start else train_vae(config, device)
     refine_vae(config, vae, device)
     tokenizer, text_encoder, denoiser = train_denoiser(config, vae, start, device)
