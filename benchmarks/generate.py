@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from accvideo.generate import sample_clips
+from accvideo.inference.model import load_model
 from accvideo.metrics import bootstrap_interval
-from accvideo.model import load_model
 from accvideo.teacher import item_generator
 
 PROMPT = "a red star spins on a plain navy background"

@@ -20,10 +20,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from accvideo.charts import Plot, log_ticks, nice_ticks
-from accvideo.checkpoint import read_metrics
 from accvideo.distill import DistillConfig, distill
-from accvideo.health import CHANCE_LOSSES, Watch
+from accvideo.reporting.charts import Plot, log_ticks, nice_ticks
+from accvideo.training.checkpoint import read_metrics
+from accvideo.training.health import CHANCE_LOSSES, Watch
 
 FOLDER = Path(__file__).parents[1] / "docs" / "healthy-training"
 

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from record_bytes import sample
 
-from accvideo import dataset
-from accvideo.dataset import TrajectoryFolder
-from accvideo.manifest import Manifest
-from accvideo.pack import PackConfig, pack
+from accvideo.data import dataset
+from accvideo.data.dataset import TrajectoryFolder
+from accvideo.data.manifest import Manifest
+from accvideo.data.pack import PackConfig, pack
 from accvideo.trajectory import TrajectoryBatch, trajectory_name, write_trajectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

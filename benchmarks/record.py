@@ -24,7 +24,7 @@ import torch
 
 from accvideo.metrics import bootstrap_interval
 from accvideo.record import Block, RecordConfig, Recorder, items_arguments
-from accvideo.workers import Place
+from accvideo.recording.workers import Place
 
 PROMPTS = ["a red star spins on a plain navy background", "a blue circle moves left", "two green squares grow"]
 

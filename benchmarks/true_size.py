@@ -27,7 +27,6 @@ from torch import Tensor
 from accvideo.call import DenoiserCall, replay
 from accvideo.distill import DistillConfig, start_training, train
 from accvideo.flow import euler_step, shifted_sigmas
-from accvideo.networks import Network
 from accvideo.plan import (
     GPUS,
     Gpu,
@@ -41,6 +40,7 @@ from accvideo.plan import (
     video_seconds,
     whole,
 )
+from accvideo.planning.networks import Network
 from accvideo.presets import PRESETS, Preset, find_preset
 from accvideo.trajectory import TrajectoryBatch
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from accvideo.dataset import TrajectoryFolder
+from accvideo.data.dataset import TrajectoryFolder
 from accvideo.record import RecordConfig, record
 from tests.tiny import tiny_wan_pipeline
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from accvideo.acceleration import (
+from accvideo.generate import ClipBatch, GenerateConfig, generate, sample_clips
+from accvideo.inference.acceleration import (
     Acceleration,
     ContextParallel,
     Offload,
@@ -21,8 +22,7 @@ from accvideo.acceleration import (
     quantization_config,
     share_tokens,
 )
-from accvideo.generate import ClipBatch, GenerateConfig, generate, sample_clips
-from accvideo.model import Model, load_model
+from accvideo.inference.model import Model, load_model
 from accvideo.types import UserError
 from tests.tiny import TINY_CALL, tiny_hunyuan_pipeline, tiny_mochi_pipeline, tiny_wan_pipeline
 

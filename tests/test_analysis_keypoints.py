@@ -17,14 +17,14 @@ from accvideo.analysis.grids import (
     start_costs,
 )
 from accvideo.analysis.keypoints import KeypointsConfig, keypoints
-from accvideo.dataset import TrajectoryFolder
+from accvideo.data.dataset import TrajectoryFolder
+from accvideo.data.manifest import read_manifest
+from accvideo.data.verify import problems
 from accvideo.distill import distill
 from accvideo.flow import keypoint_indices, shifted_sigmas
-from accvideo.manifest import read_manifest
-from accvideo.recipe import DistillConfig
 from accvideo.student import read_student_config
+from accvideo.training.recipe import DistillConfig
 from accvideo.types import UserError
-from accvideo.verify import problems
 from tests.recorded import record_tiny
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from accvideo.captions import CaptionConfig, caption_folder, count_frames, spread_frames
 from accvideo.cli import run
-from accvideo.prompts import PromptsConfig, prompts
+from accvideo.recording.captions import CaptionConfig, caption_folder, count_frames, spread_frames
+from accvideo.recording.prompts import PromptsConfig, prompts
 from accvideo.types import UserError
 from accvideo.video import write_video
 from tests.tiny_vlm import save_tiny_llava
@@ -74,7 +74,7 @@ def test_a_folder_of_videos_becomes_prompts_and_a_second_run_captions_only_what_
     assert len(record.read_text().splitlines()) == 4
 
     # All is known: the model is not even there. Other settings are not known.
-    monkeypatch.setattr("accvideo.captions.Captioner", None)
+    monkeypatch.setattr("accvideo.recording.captions.Captioner", None)
     assert caption_folder(videos, settings, record, "cpu", skip_bad=False) == (captions, [])
     with pytest.raises(TypeError):
         caption_folder(videos, replace(settings, instruction="?"), record, "cpu", skip_bad=False)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from accvideo.checkpoint import (
+from accvideo.training.checkpoint import (
     Checkpoint,
     Checkpoints,
     MetricsLog,

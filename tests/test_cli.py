@@ -80,7 +80,8 @@ def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 
 def test_presets_are_chosen_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from accvideo import distill, recipe
+    from accvideo import distill
+    from accvideo.training import recipe
 
     seen = []
     monkeypatch.setattr(distill, "distill", lambda config: seen.append(config) or {})

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from torch import nn
 
-from accvideo.cost import Cost, at_depth, measure
-from accvideo.networks import Network
+from accvideo.planning.cost import Cost, at_depth, measure
+from accvideo.planning.networks import Network
 
 WIDTH, HEADS, FFN, TEXT_WIDTH, TEXT_TOKENS, FREQUENCIES, CHANNELS = 48, 2, 96, 20, 7, 32, 4
 

@@ -9,10 +9,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from accvideo import dataset
-from accvideo.dataset import TrajectoryFolder, ahead
+from accvideo.data import dataset
+from accvideo.data.dataset import TrajectoryFolder, ahead
+from accvideo.data.pack import PackConfig, pack
 from accvideo.distill import DistillConfig, distill
-from accvideo.pack import PackConfig, pack
 from accvideo.trajectory import trajectory_name
 from accvideo.types import UserError
 from tests.recorded import PROMPTS, record_tiny

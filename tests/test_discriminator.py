@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from accvideo.call import DenoiserCall, layer_features
-from accvideo.dataset import TrajectoryFolder
+from accvideo.data.dataset import TrajectoryFolder
 from accvideo.discriminator import Discriminator, Head, at_final_timestep, head_width, token_grid
 from accvideo.student import Student
 from accvideo.trajectory import TrajectoryBatch

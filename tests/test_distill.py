@@ -18,15 +18,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from accvideo.call import DenoiserCall
-from accvideo.checkpoint import read_metrics
-from accvideo.dataset import TrajectoryFolder
+from accvideo.data.dataset import TrajectoryFolder
 from accvideo.discriminator import Discriminator
 from accvideo.distill import MAX_SKIPPED, distill, set_learning_rates, train
 from accvideo.flow import euler_step, shifted_sigmas
-from accvideo.recipe import PRESETS, DistillConfig, claim_folder
-from accvideo.start import load_denoisers, start_training
 from accvideo.student import Student, load_student
-from accvideo.training import Rollouts, Training, accumulate, frozen, gradient, update
+from accvideo.training.checkpoint import read_metrics
+from accvideo.training.recipe import PRESETS, DistillConfig, claim_folder
+from accvideo.training.start import load_denoisers, start_training
+from accvideo.training.steps import Rollouts, Training, accumulate, frozen, gradient, update
 from accvideo.trajectory import TrajectoryBatch
 from accvideo.types import UserError
 from tests.recorded import record_tiny

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from accvideo.call import DenoiserCall, denoiser_blocks, layer_features, replay
-from accvideo.checkpoint import Checkpoints, checkpoints, read_metrics
-from accvideo.dataset import TrajectoryFolder
+from accvideo.data.dataset import TrajectoryFolder
 from accvideo.distill import DistillConfig, distill
-from accvideo.distributed import (
+from accvideo.student import load_student
+from accvideo.training.checkpoint import Checkpoints, checkpoints, read_metrics
+from accvideo.training.distributed import (
     average_gradients,
     first_ranks,
     gather,
@@ -35,8 +36,7 @@ from accvideo.distributed import (
     total,
     whole,
 )
-from accvideo.student import load_student
-from accvideo.training import Rollouts, accumulate, gradient, update
+from accvideo.training.steps import Rollouts, accumulate, gradient, update
 from accvideo.trajectory import TrajectoryBatch
 from accvideo.types import UserError
 from tests.ranks import run_ranks, start_ranks

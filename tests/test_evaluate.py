@@ -9,17 +9,17 @@ import torch
 import tyro
 from PIL import Image
 
-from accvideo.acceleration import Acceleration
 from accvideo.command import Prompt, read_prompt_file
 from accvideo.distill import DistillConfig, distill
 from accvideo.evaluate import EvaluateConfig, choose_clips, command_line, evaluate, is_better, load_teacher
 from accvideo.generate import ClipBatch, Seconds, sample_clips
+from accvideo.inference.acceleration import Acceleration
+from accvideo.inference.model import Model, load_model, with_arguments
 from accvideo.metrics import latent_mse
-from accvideo.model import Model, load_model, with_arguments
 from accvideo.playground.judge import diversity_distance, judge
 from accvideo.playground.world import draw, sample_prompts, scenes_of, to_uint8
 from accvideo.record import RecordConfig, record
-from accvideo.rows import (
+from accvideo.reporting.rows import (
     FIRST_ITEM,
     Plan,
     RowData,

@@ -23,16 +23,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from accvideo.dataset import TrajectoryFolder
+from accvideo.data.dataset import TrajectoryFolder
 from accvideo.export import ExportConfig, export
+from accvideo.exporting.lora import low_rank
+from accvideo.exporting.weights import in_memory, read_weights, write_weights
 from accvideo.generate import GenerateConfig, generate, sample_clips
-from accvideo.lora import low_rank
-from accvideo.model import load_model
+from accvideo.inference.model import load_model
 from accvideo.record import RecordConfig, record
 from accvideo.student import Student, read_student_config, save_student, student_config
 from accvideo.teacher import denoisers, fingerprint, item_generator, load_pipeline
 from accvideo.types import UserError
-from accvideo.weights import in_memory, read_weights, write_weights
 from tests.tiny import TINY_CALL, TINY_HUNYUAN_CALL, tiny_hunyuan_pipeline, tiny_wan_i2v_pipeline, tiny_wan_pipeline
 
 PROMPT = "a red square"

@@ -27,7 +27,8 @@ from peft.tuners.lora import LoraLayer
 
 import accvideo.record as stage
 from accvideo.call import replay
-from accvideo.dataset import TrajectoryFolder
+from accvideo.data.dataset import TrajectoryFolder
+from accvideo.data.verify import problems
 from accvideo.distill import DistillConfig, distill
 from accvideo.flow import euler_step
 from accvideo.generate import load_model, sample_clips, with_arguments
@@ -36,7 +37,6 @@ from accvideo.record import RecordConfig, record
 from accvideo.student import add_lora
 from accvideo.teacher import denoisers, fingerprint
 from accvideo.types import UserError
-from accvideo.verify import problems
 from tests.families import (
     FAMILIES,
     IMAGE,

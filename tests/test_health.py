@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from accvideo.checkpoint import read_metrics
 from accvideo.distill import DistillConfig, distill
-from accvideo.health import CHANCE_LOSSES, Watch, percentile_limits, sample_health, saturation
+from accvideo.training.checkpoint import read_metrics
+from accvideo.training.health import CHANCE_LOSSES, Watch, percentile_limits, sample_health, saturation
 from tests.recorded import record_tiny
 
 RUNS: dict[str, list[dict[str, Any]]] = json.loads(

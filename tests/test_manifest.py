@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accvideo.manifest import Manifest
+from accvideo.data.manifest import Manifest
 from accvideo.types import UserError
 from tests.test_trajectory import JSON, make_manifest
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from accvideo.dataset import TrajectoryFolder
-from accvideo.manifest import Manifest
-from accvideo.merge import MergeConfig, merge
-from accvideo.pack import PackConfig, pack
+from accvideo.data.dataset import TrajectoryFolder
+from accvideo.data.manifest import Manifest
+from accvideo.data.merge import MergeConfig, merge
+from accvideo.data.pack import PackConfig, pack
+from accvideo.data.verify import problems
 from accvideo.trajectory import trajectory_name, write_trajectory
 from accvideo.types import UserError
-from accvideo.verify import problems
 from tests.test_trajectory import assert_equal, make_manifest, make_trajectory
 
 

@@ -4,10 +4,10 @@ from typing import Any
 import pytest
 import torch
 
-from accvideo.acceleration import Acceleration
 from accvideo.distill import DistillConfig, distill
 from accvideo.generate import sample_clips
-from accvideo.model import load_model, with_arguments
+from accvideo.inference.acceleration import Acceleration
+from accvideo.inference.model import load_model, with_arguments
 from accvideo.types import UserError
 from tests.recorded import record_tiny
 

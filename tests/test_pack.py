@@ -12,13 +12,13 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accvideo.dataset import TrajectoryFolder, open_source
-from accvideo.pack import PackConfig, UnpackConfig, groups, pack, unpack
-from accvideo.schema import parse
-from accvideo.shards import BLOCK, ShardIndex, end_of, padded
+from accvideo.data.dataset import TrajectoryFolder, open_source
+from accvideo.data.pack import PackConfig, UnpackConfig, groups, pack, unpack
+from accvideo.data.schema import parse
+from accvideo.data.shards import BLOCK, ShardIndex, end_of, padded
+from accvideo.data.verify import problems
 from accvideo.trajectory import trajectory_name
 from accvideo.types import UserError
-from accvideo.verify import problems
 from tests.served import served
 from tests.test_trajectory import JSON, write_data_set
 

@@ -9,8 +9,6 @@ import torch
 from torch.optim import AdamW
 
 from accvideo import cli
-from accvideo.cost import measure
-from accvideo.networks import Network
 from accvideo.plan import (
     ATTENTION_SHARE,
     BASE_BYTES,
@@ -34,6 +32,8 @@ from accvideo.plan import (
     video_seconds,
     whole,
 )
+from accvideo.planning.cost import measure
+from accvideo.planning.networks import Network
 from accvideo.presets import PRESETS, Preset, meta
 from accvideo.student import Student
 from accvideo.trajectory import trajectory_name

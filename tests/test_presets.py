@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from accvideo import cli
+from accvideo.data.manifest import read_manifest
 from accvideo.flow import keypoint_indices
-from accvideo.manifest import read_manifest
 from accvideo.presets import PRESETS, defaults, distill_defaults, find_preset
-from accvideo.recipe import paper
 from accvideo.record import RecordConfig
 from accvideo.teacher import watch
+from accvideo.training.recipe import paper
 from accvideo.types import UserError
 from tests.tiny import (
     TINY_CALL,

@@ -11,7 +11,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from accvideo.command import Prompt, read_prompt_file
-from accvideo.prompts import PromptsConfig, is_held_out, near_duplicates, normal_form, prompts
+from accvideo.recording.prompts import PromptsConfig, is_held_out, near_duplicates, normal_form, prompts
 from accvideo.types import UserError
 from tests.tiny import tiny_image
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from accvideo.data.verify import problems as verify
 from accvideo.record import RecordConfig, record
 from accvideo.trajectory import trajectory_name
 from accvideo.types import UserError
-from accvideo.verify import problems as verify
 from tests.tiny import tiny_wan_pipeline
 
 

@@ -21,14 +21,14 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 import accvideo.record as stage
 from accvideo.call import replay
 from accvideo.command import Prompt, read_prompts
-from accvideo.dataset import TrajectoryFolder
+from accvideo.data.dataset import TrajectoryFolder
+from accvideo.data.verify import problems as verify
 from accvideo.flow import euler_step
 from accvideo.record import RecordConfig, Recorder, own_device, record
+from accvideo.recording.workers import Place
 from accvideo.teacher import denoisers, item_generator, load_pipeline, watch
 from accvideo.trajectory import read_trajectory, trajectory_name, write_trajectory
 from accvideo.types import UserError
-from accvideo.verify import problems as verify
-from accvideo.workers import Place
 from tests.test_trajectory import make_manifest
 from tests.test_workers import end_of, fork
 from tests.tiny import TINY_CALL, TINY_FAMILIES, tiny_image, tiny_wan_i2v_pipeline, tiny_wan_pipeline

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from accvideo.merge import MergeConfig, merge
-from accvideo.pack import PackConfig, pack
-from accvideo.repair import RepairConfig, repair
+from accvideo.data.merge import MergeConfig, merge
+from accvideo.data.pack import PackConfig, pack
+from accvideo.data.repair import RepairConfig, repair
+from accvideo.data.verify import problems
 from accvideo.trajectory import read_trajectory, trajectory_name, write_trajectory
 from accvideo.types import UserError
-from accvideo.verify import problems
 from tests.recorded import record_tiny
 from tests.test_trajectory import as_format_1
 

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from accvideo.charts import binned, log_ticks, nice_ticks
 from accvideo.report import ShownClip, curves, sprite, write_report
-from accvideo.wording import number
+from accvideo.reporting.charts import binned, log_ticks, nice_ticks
+from accvideo.reporting.wording import number
 
 VOID = {"meta", "input", "br"}
 

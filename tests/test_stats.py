@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from accvideo.pack import PackConfig, pack
-from accvideo.stats import StatsConfig, stats
+from accvideo.data.pack import PackConfig, pack
+from accvideo.data.stats import StatsConfig, stats
 from accvideo.trajectory import trajectory_name, write_trajectory
 from tests.test_trajectory import make_trajectory, write_data_set
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from accvideo import storage
-from accvideo.storage import open_storage
+from accvideo.data import storage
+from accvideo.data.storage import open_storage
 from accvideo.types import UserError
 from tests.served import served
 

@@ -12,7 +12,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
 from accvideo.call import layer_features, replay
-from accvideo.dataset import TrajectoryFolder
+from accvideo.data.dataset import TrajectoryFolder
 from accvideo.discriminator import Discriminator
 from accvideo.flow import euler_step, shifted_sigmas
 from accvideo.student import (

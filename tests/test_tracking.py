@@ -6,10 +6,10 @@ from typing import Any, Literal
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from accvideo import tracking
-from accvideo.checkpoint import read_metrics
 from accvideo.distill import DistillConfig, distill
-from accvideo.tracking import scalars, tracked
+from accvideo.training import tracking
+from accvideo.training.checkpoint import read_metrics
+from accvideo.training.tracking import scalars, tracked
 from accvideo.types import UserError
 from tests.recorded import record_tiny
 

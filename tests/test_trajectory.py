@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accvideo.call import DenoiserCall
-from accvideo.manifest import Manifest
+from accvideo.data.manifest import Manifest
 from accvideo.trajectory import (
     Trajectory,
     bits,

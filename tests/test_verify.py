@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from accvideo.dataset import TrajectoryFolder
+from accvideo.data.dataset import TrajectoryFolder
+from accvideo.data.verify import problems
 from accvideo.trajectory import trajectory_name, write_trajectory
 from accvideo.types import UserError
-from accvideo.verify import problems
 from tests.served import served
 from tests.test_storage import copy_to_memory
 from tests.test_trajectory import make_trajectory, write_data_set

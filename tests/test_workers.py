@@ -12,8 +12,8 @@ import pytest
 import tqdm.auto
 import tqdm.std
 
+from accvideo.recording.workers import LEFTOVER_SECONDS, BackgroundWriter, Claims, Place, find_place, is_gone
 from accvideo.types import UserError
-from accvideo.workers import LEFTOVER_SECONDS, BackgroundWriter, Claims, Place, find_place, is_gone
 
 ELSEWHERE = "0123456789ab-1-1700000000-abcd"
 """An owner on another machine."""

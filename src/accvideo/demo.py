@@ -9,10 +9,10 @@ from rich.console import Console
 
 from accvideo.distill import distill
 from accvideo.evaluate import EvaluateConfig, evaluate
-from accvideo.model import PLAYGROUND_STUDENT
+from accvideo.inference.model import PLAYGROUND_STUDENT
 from accvideo.playground.prompts import PromptsConfig, prompts
-from accvideo.recipe import playground
 from accvideo.record import RecordConfig, record
+from accvideo.training.recipe import playground
 from accvideo.types import UserError
 
 

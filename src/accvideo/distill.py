@@ -12,10 +12,12 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from accvideo.acceleration import quantization_config
-from accvideo.checkpoint import Checkpoints
-from accvideo.dataset import TrajectoryFolder
-from accvideo.distributed import (
+from accvideo.data.dataset import TrajectoryFolder
+from accvideo.inference.acceleration import quantization_config
+from accvideo.losses import ADVERSARIAL_LOSSES, Logits, trajectory_loss
+from accvideo.student import save_student, student_config
+from accvideo.training.checkpoint import Checkpoints
+from accvideo.training.distributed import (
     first_ranks,
     gather,
     gathered,
@@ -26,13 +28,11 @@ from accvideo.distributed import (
     total,
     wait_for_all,
 )
-from accvideo.health import sample_health
-from accvideo.journal import last_validation, logged
-from accvideo.losses import ADVERSARIAL_LOSSES, Logits, trajectory_loss
-from accvideo.recipe import PLACES, DistillConfig, claim_folder, resolved, rows_of_part, settings
-from accvideo.start import load_denoisers, start_training
-from accvideo.student import save_student, student_config
-from accvideo.training import (
+from accvideo.training.health import sample_health
+from accvideo.training.journal import last_validation, logged
+from accvideo.training.recipe import PLACES, DistillConfig, claim_folder, resolved, rows_of_part, settings
+from accvideo.training.start import load_denoisers, start_training
+from accvideo.training.steps import (
     Batches,
     Training,
     accumulate,

@@ -17,13 +17,13 @@ import torch
 import tyro
 from rich.progress import Progress
 
-from accvideo.acceleration import Acceleration
 from accvideo.command import Prompt, choose_device, progress_bar, read_prompt_file
 from accvideo.generate import batches, with_prompts
-from accvideo.model import PLAIN, Dtype, Model, load_model, student_folder, with_scheduler
+from accvideo.inference.acceleration import Acceleration
+from accvideo.inference.model import PLAIN, Dtype, Model, load_model, student_folder, with_scheduler
 from accvideo.playground.world import sample_prompts
 from accvideo.report import ShownClip, write_report
-from accvideo.rows import NUM_SHOWN, PROPERTIES, Plan, RowData, Task, make_row, row_key, run_row
+from accvideo.reporting.rows import NUM_SHOWN, PROPERTIES, Plan, RowData, Task, make_row, row_key, run_row
 from accvideo.student import StudentConfig, read_student_config
 from accvideo.teacher import PLAYGROUND_TEACHER, teacher_path
 from accvideo.trajectory import write_whole

@@ -12,18 +12,18 @@ from typing import Any, Literal
 from rich.console import Console
 from tyro.conf import Positional
 
-from accvideo.card import license_warning, model_card
 from accvideo.command import progress_bar
-from accvideo.export_forms import EXPORT, Output, call_settings, files_of, plan_lora, plan_original, plan_pipeline
-from accvideo.export_source import Source, read_json, teacher_files
-from accvideo.export_usage import extraction_note, usage, what_it_is
-from accvideo.journal import last_validation
-from accvideo.layouts import layout_of
-from accvideo.lora import Extraction
-from accvideo.model import Dtype, student_folder
+from accvideo.exporting.card import license_warning, model_card
+from accvideo.exporting.forms import EXPORT, Output, call_settings, files_of, plan_lora, plan_original, plan_pipeline
+from accvideo.exporting.layouts import layout_of
+from accvideo.exporting.lora import Extraction
+from accvideo.exporting.source import Source, read_json, teacher_files
+from accvideo.exporting.usage import extraction_note, usage, what_it_is
+from accvideo.exporting.weights import write_weights
+from accvideo.inference.model import Dtype, student_folder
 from accvideo.student import KeyPointScheduler, StudentConfig, read_student_config
+from accvideo.training.journal import last_validation
 from accvideo.types import UserError
-from accvideo.weights import write_weights
 
 
 @dataclass(frozen=True, kw_only=True)

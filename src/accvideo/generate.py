@@ -17,7 +17,6 @@ import torch
 import tyro
 from PIL import Image
 
-from accvideo.acceleration import Acceleration, ContextParallel, joined_processes, share_tokens
 from accvideo.command import (
     Prompt,
     choose_device,
@@ -27,9 +26,10 @@ from accvideo.command import (
     shorten,
     with_image,
 )
+from accvideo.inference.acceleration import Acceleration, ContextParallel, joined_processes, share_tokens
+from accvideo.inference.model import PLAIN, Dtype, Model, check_student, digest, load_model, with_arguments
 from accvideo.media import load_media
 from accvideo.metrics import Clips
-from accvideo.model import PLAIN, Dtype, Model, check_student, digest, load_model, with_arguments
 from accvideo.record import set_shift
 from accvideo.teacher import batch_arguments, denoisers, guidance_arguments, watch
 from accvideo.trajectory import write_whole

@@ -1,6 +1,6 @@
 """What a preset takes in hours, memory and disk, before anything is downloaded.
 
-Operations and activations are counted on the meta device (`cost.py`); seconds are operations over what a GPU achieves.
+Operations and activations are counted on the meta device (`planning/cost.py`); seconds are operations over what a GPU achieves.
 docs/plan.md says what the three achieved shares were fitted on, and how far off the model is.
 """
 
@@ -17,14 +17,14 @@ from torch import nn
 from tyro.conf import Positional
 
 from accvideo.call import denoiser_blocks, replay
-from accvideo.cost import Cost, at_depth, measure, metered
 from accvideo.discriminator import Discriminator
 from accvideo.losses import ADVERSARIAL_LOSSES
-from accvideo.networks import Network
+from accvideo.planning.cost import Cost, at_depth, measure, metered
+from accvideo.planning.networks import Network
 from accvideo.presets import Preset, find_preset, meta
-from accvideo.recipe import paper
 from accvideo.student import Student, adapted_layers
-from accvideo.training import paired_loss, student_step
+from accvideo.training.recipe import paper
+from accvideo.training.steps import paired_loss, student_step
 from accvideo.trajectory import TrajectoryBatch
 from accvideo.types import UserError
 

@@ -15,9 +15,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from accvideo import recipe
 from accvideo.call import DenoiserCall
-from accvideo.networks import (
+from accvideo.planning.networks import (
     CLIP_H_VISION,
     CLIP_L,
     HUNYUAN_VIDEO,
@@ -30,8 +29,9 @@ from accvideo.networks import (
     WAN_22_VAE,
     Network,
 )
-from accvideo.recipe import DistillConfig, paper
 from accvideo.record import RecordConfig
+from accvideo.training import recipe
+from accvideo.training.recipe import DistillConfig, paper
 from accvideo.types import UserError
 
 Guidance = Literal["embedded", "second call", "doubled batch"]

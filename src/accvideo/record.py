@@ -33,10 +33,11 @@ from accvideo.command import (
     shorten,
     with_image,
 )
+from accvideo.data.manifest import MANIFEST, Manifest, read_manifest
+from accvideo.data.schema import parse
 from accvideo.flow import keypoint_indices
-from accvideo.manifest import MANIFEST, Manifest, read_manifest
 from accvideo.media import check_media, load_media, media_digests
-from accvideo.schema import parse
+from accvideo.recording.workers import CLAIM, PARTIAL, BackgroundWriter, Claims, Place, find_place
 from accvideo.student import KeyPointScheduler, student_scheduler
 from accvideo.teacher import (
     Approach,
@@ -65,7 +66,6 @@ from accvideo.trajectory import (
     write_whole,
 )
 from accvideo.types import UserError
-from accvideo.workers import CLAIM, PARTIAL, BackgroundWriter, Claims, Place, find_place
 
 OWN_ARGUMENTS = ("prompt", "generator", "num_inference_steps", "output_type", "return_dict", "latents")
 """Arguments of a pipeline's call that the recorder sets itself."""
@@ -144,7 +144,7 @@ def record(config: RecordConfig) -> dict[str, Any]:
     if config.ray:
         if find_spec("ray") is None:
             raise UserError("--ray takes ray, which is not installed; pip install 'accvideo[ray]'")
-        from accvideo.ray_workers import record_on_ray
+        from accvideo.recording.ray_workers import record_on_ray
 
         return record_on_ray(config)
     place = find_place(os.environ)

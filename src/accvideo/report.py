@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from accvideo.charts import Curves, binned, legend, line_chart, quality_chart
-from accvideo.video import Frames
-from accvideo.wording import (
+from accvideo.reporting.charts import Curves, binned, legend, line_chart, quality_chart
+from accvideo.reporting.wording import (
     METRICS,
     Row,
     interval_text,
@@ -28,6 +27,7 @@ from accvideo.wording import (
     seconds_text,
     shown_rows,
 )
+from accvideo.video import Frames
 
 SPRITE_WIDTH = 192
 """Widest clip of the page in pixels; wider ones are made smaller."""

@@ -29,11 +29,11 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-from accvideo.acceleration import Quantization, pipeline_quantization, quantization_config, stored_fingerprint
 from accvideo.call import DenoiserCall, denoiser_blocks, layer_features, replay
-from accvideo.card import model_card
+from accvideo.data.manifest import Manifest
+from accvideo.exporting.card import model_card
 from accvideo.flow import euler_step
-from accvideo.manifest import Manifest
+from accvideo.inference.acceleration import Quantization, pipeline_quantization, quantization_config, stored_fingerprint
 from accvideo.teacher import denoisers, fingerprint, load_pipeline
 from accvideo.trajectory import write_whole
 from accvideo.types import Latents, UserError

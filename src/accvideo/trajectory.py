@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from accvideo.call import DenoiserCall, collate_calls
-from accvideo.manifest import FORMAT, FORMATS, Manifest
-from accvideo.schema import parse
-from accvideo.storage import LocalStorage
+from accvideo.data.manifest import FORMAT, FORMATS, Manifest
+from accvideo.data.schema import parse
+from accvideo.data.storage import LocalStorage
 from accvideo.types import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -12,9 +12,9 @@ from tyro.conf import Positional
 from accvideo.analysis.folder import open_analysis, origin, settings_of, write_results
 from accvideo.analysis.students import Evaluation, evaluate_kinds, metric_figure, metric_table
 from accvideo.command import choose_device
-from accvideo.dataset import TrajectoryFolder
+from accvideo.data.dataset import TrajectoryFolder
 from accvideo.distill import distill
-from accvideo.recipe import DistillConfig, playground
+from accvideo.training.recipe import DistillConfig, playground
 from accvideo.types import UserError
 
 FIGURE_7: dict[str, dict[str, Any]] = {

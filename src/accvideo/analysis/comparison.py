@@ -12,10 +12,10 @@ from accvideo.analysis.figure import markdown_table
 from accvideo.analysis.folder import open_analysis, origin, settings_of, write_results
 from accvideo.analysis.students import Evaluation, evaluate_kinds, metric_figure, metric_table
 from accvideo.command import choose_device, progress_bar
-from accvideo.dataset import TrajectoryFolder
+from accvideo.data.dataset import TrajectoryFolder
+from accvideo.data.manifest import Manifest
 from accvideo.distill import distill
-from accvideo.manifest import Manifest
-from accvideo.recipe import DistillConfig
+from accvideo.training.recipe import DistillConfig
 from accvideo.types import UserError
 
 Method = Literal["trajectory", "accvideo", "perflow", "consistency", "dmd2"]

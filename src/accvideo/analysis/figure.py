@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from accvideo.charts import Plot
+from accvideo.reporting.charts import Plot
 
 WIDTH, CHART_HEIGHT, HEAD, KEY_HEIGHT, GAP = 440, 272, 40, 18, 24
 

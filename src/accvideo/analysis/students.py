@@ -8,14 +8,14 @@ from typing import Any
 from diffusers import UniPCMultistepScheduler
 
 from accvideo.analysis.figure import Panel, color, figure, markdown_table, mean_and_spread, spread_text, whisker
-from accvideo.charts import Plot, nice_ticks
 from accvideo.command import choose_device, progress_bar
 from accvideo.evaluate import EvaluateConfig, choose_prompts, evaluate, load_teacher
-from accvideo.model import with_scheduler
-from accvideo.rows import Plan, Task, make_row, row_key, run_row
+from accvideo.inference.model import with_scheduler
+from accvideo.reporting.charts import Plot, nice_ticks
+from accvideo.reporting.rows import Plan, Task, make_row, row_key, run_row
+from accvideo.reporting.wording import METRICS
 from accvideo.student import read_student_config
 from accvideo.teacher import PLAYGROUND_TEACHER, teacher_path
-from accvideo.wording import METRICS
 
 Row = Mapping[str, Any]
 """A kind of model: name, num_steps, denoiser_calls, and by metric the values of all its students."""

@@ -21,7 +21,7 @@ from accvideo.analysis.figure import (
 from accvideo.analysis.line import moved_data, off_trajectory, trajectories
 from accvideo.analysis.networks import Points, VelocityNetworks, generator
 from accvideo.analysis.toy_training import Study
-from accvideo.charts import Plot, nice_ticks
+from accvideo.reporting.charts import Plot, nice_ticks
 
 TOLERANCE = 0.1
 """Of the points drawn as useless."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from accvideo.analysis.baselines.diffusion import per_sample
 from accvideo.call import DenoiserCall, flatten, replay
-from accvideo.manifest import Manifest
+from accvideo.data.manifest import Manifest
 from accvideo.student import Student
 from accvideo.teacher import approach, batch_arguments, guidance_arguments, load_pipeline
 from accvideo.trajectory import TrajectoryBatch

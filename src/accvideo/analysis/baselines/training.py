@@ -19,14 +19,14 @@ from accvideo.analysis.baselines.dmd2 import fake_score_loss, student_loss
 from accvideo.analysis.baselines.guided import Budget, Field, GuidedTeacher, at_level, empty_prompt, student_field
 from accvideo.analysis.baselines.perflow import window_loss
 from accvideo.call import denoiser_blocks, layer_features
-from accvideo.dataset import TrajectoryFolder
+from accvideo.data.dataset import TrajectoryFolder
+from accvideo.data.manifest import Manifest
 from accvideo.discriminator import Head, token_grid
 from accvideo.distill import to_device
 from accvideo.flow import euler_step
 from accvideo.losses import cross_entropy_head_loss
-from accvideo.manifest import Manifest
-from accvideo.start import arithmetic, load_denoisers
 from accvideo.student import Student, save_student, student_config
+from accvideo.training.start import arithmetic, load_denoisers
 from accvideo.trajectory import TrajectoryBatch
 from accvideo.types import Latents
 

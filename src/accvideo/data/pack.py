@@ -8,10 +8,10 @@ from typing import Any
 from tyro.conf import Positional
 
 from accvideo.command import progress_bar
-from accvideo.dataset import NUM_AHEAD, Source, ahead, open_source
+from accvideo.data.dataset import NUM_AHEAD, Source, ahead, open_source
+from accvideo.data.manifest import MANIFEST
+from accvideo.data.shards import BLOCK, INDEX, ShardIndex, end_of, header_of, padded, shard_name
 from accvideo.folder import whole_folder
-from accvideo.manifest import MANIFEST
-from accvideo.shards import BLOCK, INDEX, ShardIndex, end_of, header_of, padded, shard_name
 from accvideo.trajectory import trajectory_name
 from accvideo.types import UserError
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from accvideo.wording import (
+from accvideo.reporting.wording import (
     METRICS,
     Row,
     interval_text,

@@ -11,8 +11,8 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import safe_open
 from torch import Tensor
 
+from accvideo.exporting.weights import LazyTensor, Weights, read_weights
 from accvideo.types import UserError
-from accvideo.weights import LazyTensor, Weights, read_weights
 
 EXACT_SVD = 1024
 """Matrices whose smaller side is at most this are decomposed exactly."""

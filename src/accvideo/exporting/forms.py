@@ -10,13 +10,13 @@ import torch
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
-from accvideo.card import teacher_name
 from accvideo.command import choose_device, progress_bar
-from accvideo.export_source import Source, component_files, license_files, read_json
-from accvideo.layouts import comfyui_name, layout_of, original_lora, original_weights
-from accvideo.lora import Extraction, Factors, extract_lora, lora_tensors, read_lora
+from accvideo.exporting.card import teacher_name
+from accvideo.exporting.layouts import comfyui_name, layout_of, original_lora, original_weights
+from accvideo.exporting.lora import Extraction, Factors, extract_lora, lora_tensors, read_lora
+from accvideo.exporting.source import Source, component_files, license_files, read_json
+from accvideo.exporting.weights import LazyTensor, Weights, in_memory, read_weights, shard_files
 from accvideo.student import LORA_FILES, StudentConfig, make_scheduler
-from accvideo.weights import LazyTensor, Weights, in_memory, read_weights, shard_files
 
 if TYPE_CHECKING:
     from accvideo.export import ExportConfig

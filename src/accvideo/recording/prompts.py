@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tyro.conf import Positional
 
-from accvideo.captions import CaptionConfig, caption_folder
 from accvideo.command import Prompt, cell_value
 from accvideo.media import medium
+from accvideo.recording.captions import CaptionConfig, caption_folder
 from accvideo.trajectory import write_whole
 from accvideo.types import UserError
 

@@ -8,9 +8,9 @@ from typing import Any
 from tyro.conf import Positional
 
 from accvideo.command import progress_bar, shorten
-from accvideo.dataset import NUM_AHEAD, Source, ahead, open_source
+from accvideo.data.dataset import NUM_AHEAD, Source, ahead, open_source
+from accvideo.data.manifest import MANIFEST, Manifest
 from accvideo.folder import whole_folder
-from accvideo.manifest import MANIFEST, Manifest
 from accvideo.trajectory import Trajectory, encode_trajectory, trajectory_name
 from accvideo.types import UserError
 

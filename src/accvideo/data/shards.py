@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
-from accvideo.schema import parse
-from accvideo.storage import MAX_BYTES, MAX_TEXT_BYTES, Storage
+from accvideo.data.schema import parse
+from accvideo.data.storage import MAX_BYTES, MAX_TEXT_BYTES, Storage
 from accvideo.trajectory import trajectory_name
 from accvideo.types import UserError
 

@@ -1,7 +1,8 @@
 """Recording on Ray: a pool of workers with a pipeline each, given blocks as they finish; needs `accvideo[ray]`.
 
 A worker is a recorder in a process of its own, on this machine or another of the cluster, that writes to the same
-folder as all the others: see `accvideo.workers`. One that dies is replaced, and its blocks are given out again.
+folder as all the others: see `accvideo.recording.workers`. One that dies is replaced, and its blocks are given out
+again.
 """
 
 import io
@@ -18,10 +19,10 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 from rich.progress import Progress
 
 from accvideo.command import progress_bar
-from accvideo.manifest import read_manifest
+from accvideo.data.manifest import read_manifest
 from accvideo.record import POLL_SECONDS, Block, RecordConfig, Recorder, check_folder, summary
+from accvideo.recording.workers import Place
 from accvideo.types import UserError
-from accvideo.workers import Place
 
 MAX_TRIES = 3
 """Workers that may die over one block, or one after another while they load the pipeline, before recording stops."""

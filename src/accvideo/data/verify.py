@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 from tyro.conf import Positional
 
-from accvideo.dataset import NUM_AHEAD, Source, ahead, open_source
-from accvideo.shards import bad_ends
+from accvideo.data.dataset import NUM_AHEAD, Source, ahead, open_source
+from accvideo.data.shards import bad_ends
 from accvideo.trajectory import Trajectory, trajectory_name
 from accvideo.types import UserError
 

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from diffusers import DiffusionPipeline
 
-from accvideo.acceleration import (
+from accvideo.command import DEFAULT_FPS, call_parameters
+from accvideo.inference.acceleration import (
     Acceleration,
     Quantization,
     accelerate_pipeline,
@@ -18,12 +19,11 @@ from accvideo.acceleration import (
     pipeline_quantization,
     stored_fingerprint,
 )
-from accvideo.command import DEFAULT_FPS, call_parameters
 from accvideo.student import StudentConfig, load_student, make_scheduler
 from accvideo.teacher import denoisers, fingerprint, load_pipeline, pipeline_defaults, teacher_path
 from accvideo.types import UserError
 
-PLAYGROUND_STUDENT = Path(__file__).parent / "playground" / "student"
+PLAYGROUND_STUDENT = Path(__file__).parents[1] / "playground" / "student"
 """Folder of the student that ships with the package."""
 
 NUM_TEACHER_STEPS = 50

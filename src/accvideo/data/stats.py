@@ -10,7 +10,7 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from accvideo.command import progress_bar
-from accvideo.dataset import NUM_AHEAD, ahead, open_source
+from accvideo.data.dataset import NUM_AHEAD, ahead, open_source
 from accvideo.trajectory import Trajectory
 
 

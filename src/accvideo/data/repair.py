@@ -9,12 +9,12 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from accvideo.dataset import open_source
-from accvideo.manifest import Manifest
+from accvideo.data.dataset import open_source
+from accvideo.data.manifest import Manifest
+from accvideo.data.verify import check
 from accvideo.record import RecordConfig, record
 from accvideo.trajectory import trajectory_name
 from accvideo.types import UserError
-from accvideo.verify import check
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,12 +8,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from accvideo.checkpoint import MetricsLog, read_metrics
-from accvideo.distributed import rank
-from accvideo.health import CHANCE_LOSSES, Watch
-from accvideo.recipe import DistillConfig, settings
-from accvideo.tracking import tracked
-from accvideo.training import Training
+from accvideo.training.checkpoint import MetricsLog, read_metrics
+from accvideo.training.distributed import rank
+from accvideo.training.health import CHANCE_LOSSES, Watch
+from accvideo.training.recipe import DistillConfig, settings
+from accvideo.training.steps import Training
+from accvideo.training.tracking import tracked
 from accvideo.types import Sigmas
 
 

@@ -10,11 +10,11 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 
-from accvideo.lora import merge_lora, read_lora
+from accvideo.exporting.lora import merge_lora, read_lora
+from accvideo.exporting.weights import LazyTensor, Weights, read_weights
 from accvideo.student import LORA_FILES, StudentConfig
 from accvideo.teacher import teacher_path, weights_fingerprint
 from accvideo.types import UserError
-from accvideo.weights import LazyTensor, Weights, read_weights
 
 if TYPE_CHECKING:
     from accvideo.export import ExportConfig

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from accvideo.lora import Factors
+from accvideo.exporting.lora import Factors
+from accvideo.exporting.weights import LazyTensor, Weights
 from accvideo.types import UserError
-from accvideo.weights import LazyTensor, Weights
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from tyro.conf import Positional
 
-from accvideo.acceleration import Quantization
-from accvideo.distributed import num_ranks
-from accvideo.manifest import Manifest
-from accvideo.tracking import Tracker, check_tracker
+from accvideo.data.manifest import Manifest
+from accvideo.inference.acceleration import Quantization
+from accvideo.training.distributed import num_ranks
+from accvideo.training.tracking import Tracker, check_tracker
 from accvideo.trajectory import write_whole
 from accvideo.types import UserError
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from accvideo.schema import parse
-from accvideo.storage import MAX_TEXT_BYTES, Storage, open_storage
+from accvideo.data.schema import parse
+from accvideo.data.storage import MAX_TEXT_BYTES, Storage, open_storage
 from accvideo.types import Sigmas, UserError
 
 FORMAT = 2

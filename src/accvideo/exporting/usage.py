@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 import diffusers
 import torch
 
-from accvideo.card import teacher_name
-from accvideo.export_forms import weight_file
-from accvideo.export_source import Source
+from accvideo.exporting.card import teacher_name
+from accvideo.exporting.forms import weight_file
+from accvideo.exporting.lora import Extraction
+from accvideo.exporting.source import Source
 from accvideo.flow import shifted_sigmas
-from accvideo.lora import Extraction
 from accvideo.student import LORA_FILES, KeyPointScheduler, StudentConfig
 
 if TYPE_CHECKING:

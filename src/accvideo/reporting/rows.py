@@ -18,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from accvideo.acceleration import Acceleration
 from accvideo.command import Prompt
 from accvideo.generate import ClipBatch, Seconds, batches, describe_prompt, sample_clips, with_prompts
+from accvideo.inference.acceleration import Acceleration
+from accvideo.inference.model import PLAIN, Model, digest
 from accvideo.metrics import (
     Estimate,
     bootstrap_interval,
@@ -30,7 +31,6 @@ from accvideo.metrics import (
     psnr,
     wilson_interval,
 )
-from accvideo.model import PLAIN, Model, digest
 from accvideo.playground.judge import Verdicts, diversity_distance, judge
 from accvideo.playground.world import Requests, Scenes
 from accvideo.trajectory import write_whole

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from accvideo.checkpoint import Checkpoint, Checkpoints, optimizer_tensors, restore_optimizer
 from accvideo.discriminator import Discriminator
-from accvideo.distributed import average_gradients, own_parts, own_pieces, spread_as, whole
 from accvideo.flow import euler_step, secant_velocity
 from accvideo.losses import trajectory_loss
 from accvideo.student import Student
+from accvideo.training.checkpoint import Checkpoint, Checkpoints, optimizer_tensors, restore_optimizer
+from accvideo.training.distributed import average_gradients, own_parts, own_pieces, spread_as, whole
 from accvideo.trajectory import TrajectoryBatch
 from accvideo.types import Latents, PerSample, Sigmas
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from accvideo.distributed import first_ranks, num_ranks, rank, wait_for_all
+from accvideo.training.distributed import first_ranks, num_ranks, rank, wait_for_all
 from accvideo.types import UserError
 
 STATE = "state.json"

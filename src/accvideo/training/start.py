@@ -14,14 +14,14 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import AdamW
 
-from accvideo.acceleration import Quantization, quantization_config, stored_fingerprint
+from accvideo.data.manifest import Manifest
 from accvideo.discriminator import Discriminator
-from accvideo.distributed import num_ranks, sharder
-from accvideo.manifest import Manifest
-from accvideo.recipe import DistillConfig
+from accvideo.inference.acceleration import Quantization, quantization_config, stored_fingerprint
 from accvideo.student import Student
 from accvideo.teacher import fingerprint, teacher_path
-from accvideo.training import Rollouts, Training
+from accvideo.training.distributed import num_ranks, sharder
+from accvideo.training.recipe import DistillConfig
+from accvideo.training.steps import Rollouts, Training
 from accvideo.trajectory import TrajectoryBatch
 from accvideo.types import Sigmas, UserError
 

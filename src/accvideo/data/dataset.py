@@ -12,9 +12,9 @@ from typing import TypeVar
 
 import torch
 
-from accvideo.manifest import MANIFEST, Manifest, read_manifest
-from accvideo.shards import INDEX, ShardIndex, read_index, read_member, shard_name
-from accvideo.storage import Storage, open_storage
+from accvideo.data.manifest import MANIFEST, Manifest, read_manifest
+from accvideo.data.shards import INDEX, ShardIndex, read_index, read_member, shard_name
+from accvideo.data.storage import Storage, open_storage
 from accvideo.trajectory import (
     Trajectory,
     TrajectoryBatch,
