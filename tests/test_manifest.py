@@ -1,6 +1,7 @@
 """What a manifest says is consistent, and was not changed."""
 
 import json
+import math
 import random
 from contextlib import suppress
 from dataclasses import replace
@@ -36,6 +37,9 @@ def test_manifest_round_trip():
         ({"keypoints": [0, 2, 3]}, "key points"),
         ({"keypoints": [0], "num_student_steps": 0, "num_steps": 0, "sigmas": [1.0]}, "key points"),
         ({"sigmas": [1.0, 0.0]}, "2 sigmas for 4 steps"),
+        ({"sigmas": [1.0, math.nan, 0.8, 0.5, 0.0]}, "a sigma of nan"),
+        ({"sigmas": [10**400, 0.9, 0.8, 0.5, 0.0]}, "a sigma of"),
+        ({"sigmas": [1.0, 0.9, 0.8, 0.5, -0.1]}, "a sigma of -0.1"),
         ({"surprise": 1}, "surprise"),
         ({"num_student_steps": 3}, "are not 3 steps from 0 to 4"),
         ({"num_trajectories": 10**12}, "1000000000000 trajectories; allowed are 1 to 10,000,000"),

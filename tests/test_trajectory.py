@@ -22,6 +22,7 @@ from accvideo.trajectory import (
     collate_trajectories,
     decode_trajectory,
     encode_trajectory,
+    narrow,
     read_trajectory,
     write_trajectory,
 )
@@ -119,8 +120,8 @@ def test_what_the_key_points_share_is_stored_once(tmp_path):
     path = write_trajectory(tmp_path, make_trajectory(0))
     header = json.loads(path.read_bytes()[8 : 8 + int.from_bytes(path.read_bytes()[:8], "little")])
     assert {*header} == {
-        *("__metadata__", "states", "step.timestep", "call.encoder_hidden_states", "call.mask", "call.hidden_states"),
-        *("shared.positions.0", "shared_step.padding"),
+        *("__metadata__", "state.0", "state.1", "state.2", "step.timestep", "call.encoder_hidden_states", "call.mask"),
+        *("call.hidden_states", "shared.positions.0", "shared_step.padding"),
     }
     calls = read_trajectory(path).calls
     assert calls[0].tensors["encoder_hidden_states"] is calls[1].tensors["encoder_hidden_states"]
@@ -172,13 +173,15 @@ def test_foreign_files_are_refused(tmp_path):
             read_trajectory(path)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_states_take_no_more_bits_than_they_need(tmp_path, dtype):
-    """And come back as they were, signs of zeros included."""
-    states = torch.randn(3, 4, 2, 3, 3, generator=torch.Generator().manual_seed(0)).to(dtype).float()
-    states[0, 0, 0, 0, 0], states[1, 0, 0, 0, 0] = -0.0, 0.0
+def test_each_state_takes_no_more_bits_than_it_needs(tmp_path):
+    """Noise of 32 bits and steps of 16, as HunyuanVideo's are; all come back as they were, signs of zeros included."""
+    dtypes = [torch.float32, torch.bfloat16, torch.float16]
+    states = torch.randn(3, 4, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    states = torch.stack([state.to(dtype).float() for state, dtype in zip(states, dtypes, strict=True)])
+    states[:, 0, 0, 0, 0], states[:, 0, 0, 0, 1] = -0.0, 0.0
     path = write_trajectory(tmp_path, replace(make_trajectory(0), states=states))
-    assert safetensors.torch.load(path.read_bytes())["states"].dtype == dtype
+    stored = safetensors.torch.load(path.read_bytes())
+    assert [stored[f"state.{number}"].dtype for number in range(3)] == dtypes
     back = read_trajectory(path).states
     assert back.dtype == torch.float32 and torch.equal(back.view(torch.int32), states.view(torch.int32))
 
@@ -225,15 +228,48 @@ def test_padding_is_not_stored(tmp_path, tensor):
     assert stored["call.embeds"].nbytes < max(2 * filled, 256) or tensor.count_nonzero() == tensor.numel()
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda call: replace(call, tensors=call.tensors | {"pooled": torch.ones(1, 3)}), "pooled"),
+        (lambda call: replace(call, shared={"padding": call.shared["padding"]}), "positions.0"),
+        (lambda call: replace(call, condition=None, starts=()), "hidden_states"),
+        (lambda call: replace(call, dtype=torch.float32), "torch.bfloat16, torch.float32"),
+    ],
+)
+def test_calls_with_other_arguments_at_other_key_points_are_refused(change, named):
+    """Else a replayed call would lack what the recorded one was given."""
+    trajectory = make_trajectory(0)
+    for calls in (
+        (trajectory.calls[0], change(trajectory.calls[1])),
+        (change(trajectory.calls[0]), trajectory.calls[1]),
+    ):
+        with pytest.raises(UserError, match=f"is given .*{named}"):
+            encode_trajectory(replace(trajectory, calls=calls))
+
+
 def as_format_1(data: bytes) -> bytes:
     """A file with the zeros around its tensors, as the first format had it."""
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["accvideo"])
-    tensors = safetensors.torch.load(data)
+    tensors, header = contents_of(as_format_2(data))
     tensors |= {name: padded(tensors[name], *box) for name, box in header.pop("boxes").items()}
     tensors["states"] = tensors["states"].float()
     del header["media"]
     return sealed(tensors, header | {"format": 1})
+
+
+def as_format_2(data: bytes) -> bytes:
+    """A file with all states in one tensor of one type, as the second format had it."""
+    tensors, header = contents_of(data)
+    states = [tensors.pop(f"state.{number}") for number in range(len(header["constants"]) + 1)]
+    return sealed(
+        tensors | {"states": narrow(torch.stack([state.float() for state in states]))}, header | {"format": 2}
+    )
+
+
+def contents_of(data: bytes) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors and the header of a file."""
+    size = int.from_bytes(data[:8], "little")
+    return safetensors.torch.load(data), json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["accvideo"])
 
 
 def sealed(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> bytes:
@@ -243,15 +279,19 @@ def sealed(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> bytes:
     return data.replace(b"0" * 64, hashlib.sha256(data).hexdigest().encode(), 1)
 
 
-def test_the_first_format_is_read():
+def test_earlier_formats_are_read():
     trajectory = make_trajectory(3)
     embeds = padded(torch.randn(1, 9, 16).bfloat16(), [1, 512, 16], [0, 0, 0])
     calls = [replace(call, tensors=call.tensors | {"encoder_hidden_states": embeds}) for call in trajectory.calls]
     trajectory = replace(trajectory, calls=tuple(calls))
+    trajectory = replace(
+        trajectory, states=torch.cat([trajectory.states[:1], trajectory.states[1:].bfloat16().float()])
+    )
     data = encode_trajectory(trajectory)
-    old = as_format_1(data)
-    assert len(old) > len(data) + 10_000
-    assert_equal(decode_trajectory(old, "here"), trajectory)
+    first, second = as_format_1(data), as_format_2(data)
+    assert len(first) > len(second) + 10_000 and len(second) > len(data)
+    for old in (first, second):
+        assert_equal(decode_trajectory(old, "here"), trajectory)
 
 
 JSON = st.recursive(
@@ -260,8 +300,7 @@ JSON = st.recursive(
     max_leaves=8,
 )
 WHOLE = encode_trajectory(make_trajectory(0))
-HEADER = json.loads(json.loads(WHOLE[8 : 8 + int.from_bytes(WHOLE[:8], "little")])["__metadata__"]["accvideo"])
-TENSORS = safetensors.torch.load(WHOLE)
+TENSORS, HEADER = contents_of(WHOLE)
 
 
 @settings(max_examples=150, deadline=None)
@@ -281,7 +320,7 @@ def test_a_header_of_anybody_is_refused_or_read(name, value):
         assert isinstance(decode_trajectory(sealed(TENSORS, HEADER | {name: value}), "here"), Trajectory)
 
 
-NAMES = st.sampled_from([*TENSORS, "call.other", "step.other", "nothing", "shared.timestep"])
+NAMES = st.sampled_from([*TENSORS, "call.other", "step.other", "nothing", "shared.timestep", "state.3", "state.5"])
 SHAPES = st.lists(st.integers(0, 5), max_size=5)
 
 
@@ -303,7 +342,15 @@ def test_boxes_that_claim_terabytes_are_refused():
 
 @pytest.mark.parametrize(
     "change",
-    [{"dtype": "load"}, {"format": 3}, {"constants": [{}]}, {"denoisers": 5}, {"index": "0"}, {"prompt": None}],
+    [
+        {"dtype": "load"},
+        {"format": 4},
+        {"format": 2},
+        {"constants": [{}]},
+        {"denoisers": 5},
+        {"index": "0"},
+        {"prompt": None},
+    ],
 )
 def test_headers_that_fit_no_trajectory_are_refused(change):
     with pytest.raises(UserError, match="here: "):

@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -136,12 +137,23 @@ def write_trajectory(folder: Path, trajectory: Trajectory, writer: str = "") -> 
 def encode_trajectory(trajectory: Trajectory) -> bytes:
     """The bytes of a trajectory's file.
 
-    An argument that is equal at all key points is stored once (`call.<name>`, `shared.<name>`), one that varies K
-    times (`step.<name>`, `shared_step.<name>`); the condition goes by the name `hidden_states`. Of an argument with
-    zeros around it (the padding of prompt embeddings, the channels that the state takes in a condition) only the box
-    inside is stored. States are float32, or 16 bits wide where those hold every value exactly.
+    Each state (`state.<number>`) is float32, or 16 bits wide where those hold every value of it exactly. An argument
+    that is equal at all key points is stored once (`call.<name>`, `shared.<name>`), one that varies K times
+    (`step.<name>`, `shared_step.<name>`); the condition goes by the name `hidden_states`. Of an argument with zeros
+    around it (the padding of prompt embeddings, the channels that the state takes in a condition) only the box inside
+    is stored.
+
+    Raises:
+        UserError: the denoiser was given other arguments at other key points.
     """
-    tensors = {"states": narrow(trajectory.states.cpu())}
+    if len(kinds := {(*sorted(_rows(call)), *call.shared, call.starts, call.dtype) for call in trajectory.calls}) > 1:
+        only = sorted(map(str, set.union(*map(set, kinds)) - set.intersection(*map(set, kinds))))
+        raise UserError(
+            f"the denoiser is given {', '.join(only)} at some key points and not at others: not supported\n"
+            "Nothing of this trajectory is written"
+        )
+    states = {f"state.{number}": narrow(state) for number, state in enumerate(trajectory.states.cpu())}
+    tensors: dict[str, Tensor] = {}
     for once, varying, join, groups in (
         ("call", "step", torch.cat, [_rows(call) for call in trajectory.calls]),
         ("shared", "shared_step", torch.stack, [call.shared for call in trajectory.calls]),
@@ -153,7 +165,7 @@ def encode_trajectory(trajectory: Trajectory) -> bytes:
             else:
                 tensors[f"{varying}.{name}"] = join(values).cpu()
     boxes = {}
-    for name, tensor in list(tensors.items())[1:]:
+    for name, tensor in list(tensors.items()):
         inner, starts = crop(tensor)
         if tensor.nbytes - inner.nbytes >= MIN_PADDING_BYTES:
             tensors[name], boxes[name] = inner, [list(tensor.shape), starts]
@@ -172,7 +184,7 @@ def encode_trajectory(trajectory: Trajectory) -> bytes:
         "boxes": boxes,
     }
     # Copies, for safetensors takes no memory twice; one metadata key, for it writes several in no particular order.
-    copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in (states | tensors).items()}
     data = safetensors.torch.save(copies, {"accvideo": json.dumps(header)})
     return data.replace(b"0" * 64, hashlib.sha256(data).hexdigest().encode(), 1)
 
@@ -194,12 +206,15 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format).unsqueeze(-1).view(torch.uint8)
 
 
-def narrow(states: Tensor) -> Tensor:
-    """The states in a floating-point type of 16 bits if it holds each of them exactly, else as they are."""
+def narrow(state: Tensor) -> Tensor:
+    """A state in a floating-point type of 16 bits if it holds each value exactly, else as it is.
+
+    Many pipelines (HunyuanVideo, Wan with an Euler scheduler) draw noise in float32 and step in bfloat16.
+    """
     for dtype in (torch.bfloat16, torch.float16):
-        if torch.equal((narrowed := states.to(dtype)).float(), states):
+        if torch.equal((narrowed := state.to(dtype)).float(), state):
             return narrowed
-    return states
+    return state
 
 
 def crop(tensor: Tensor) -> tuple[Tensor, list[int]]:
@@ -271,9 +286,12 @@ def _trajectory(header: Header, tensors: dict[str, Tensor]) -> Trajectory:
     if padding > MAX_PADDING_BYTES or any(size < 0 for box in header.boxes.values() for sizes in box for size in sizes):
         raise ValueError(f"boxes of {padding} bytes")
     tensors |= {name: uncrop(tensors[name], *box) for name, box in header.boxes.items()}
-    states = tensors.pop("states")
-    if not states.is_floating_point() or states.ndim < 2:
-        raise ValueError(f"states are {states.dtype} {list(states.shape)}")
+    if header.format < 3:
+        states = [*tensors.pop("states")]
+    else:
+        states = [tensors.pop(name) for name in takewhile(tensors.__contains__, map("state.{}".format, count()))]
+    if wrong := [state for state in states if not (state.is_floating_point() and state.ndim)]:
+        raise ValueError(f"a state is {wrong[0].dtype} {list(wrong[0].shape)}")
     if unknown := [name for name in tensors if name.partition(".")[0] not in ("call", "step", "shared", "shared_step")]:
         raise ValueError(f"a tensor {unknown[0]}")
     calls = []
@@ -288,7 +306,7 @@ def _trajectory(header: Header, tensors: dict[str, Tensor]) -> Trajectory:
         index=header.index,
         seed=header.seed,
         prompt=header.prompt,
-        states=states.float(),
+        states=torch.stack([state.float() for state in states]),
         calls=tuple(calls),
         denoisers=tuple(header.denoisers),
         arguments=header.arguments,

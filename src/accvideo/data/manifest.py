@@ -13,9 +13,10 @@ from accvideo.data.schema import parse
 from accvideo.data.storage import MAX_TEXT_BYTES, Storage, open_storage
 from accvideo.types import Sigmas, UserError
 
-FORMAT = 2
-FORMATS = (1, 2)
-"""What can be read; 1 has tensors with the zeros around them and no checksum in the manifest."""
+FORMAT = 3
+FORMATS = (1, 2, 3)
+"""What can be read; up to 2 a trajectory's states are one tensor, in 1 tensors have the zeros around them and the
+manifest no checksum."""
 MANIFEST = "manifest.json"
 MAX_TRAJECTORIES = 10_000_000
 
@@ -57,6 +58,10 @@ class Manifest:
     nested_schedule: bool
     """Whether the scheduler's own grid of K steps lies on the recorded one: then a plain pipeline can run a student."""
     versions: dict[str, str]
+    solver: str = "own"
+    """How the steps were taken over the scheduler's noise levels: by itself ("own"), or by another solver."""
+    teacher_num_steps: int | None = None
+    """Steps by the scheduler itself of the clips that students are compared with; None: S."""
     denoiser_calls: int = 0
     """Denoiser calls for each trajectory: S, or 2 S where guidance takes two; 0 before the first is recorded."""
     parts: list[dict[str, int]] = field(default_factory=list)
@@ -70,6 +75,8 @@ class Manifest:
             raise UserError(f"{MANIFEST}: {self.num_trajectories} trajectories; allowed are 1 to {MAX_TRAJECTORIES:,}")
         if len(self.sigmas) != self.num_steps + 1:
             raise UserError(f"{MANIFEST}: {len(self.sigmas)} sigmas for {self.num_steps} steps")
+        if wrong := [sigma for sigma in self.sigmas if not 0 <= sigma < 1.001]:
+            raise UserError(f"{MANIFEST}: a sigma of {str(wrong[0])[:20]}; a flow's are from 0 to 1")
         rising = self.keypoints == sorted(set(self.keypoints)) and len(self.keypoints) == self.num_student_steps + 1
         if not rising or self.num_steps < 1 or (self.keypoints[0], self.keypoints[-1]) != (0, self.num_steps):
             raise UserError(
