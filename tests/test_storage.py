@@ -1,6 +1,8 @@
 """A folder is read wherever it is, and nothing outside of it."""
 
 import os
+import threading
+import tracemalloc
 from pathlib import Path
 
 import fsspec
@@ -108,6 +110,38 @@ def test_a_sparse_file_of_terabytes_is_not_read(folder: Path):
         file.truncate(1 << 42)
     with pytest.raises(UserError, match="4,398,046,511,104 bytes; the most"):
         open_storage(folder).read("b.bin")
+
+
+def test_no_more_is_allocated_than_is_there(folder: Path):
+    """Whatever an index claims."""
+    tracemalloc.start()
+    try:
+        assert open_storage(folder).read("a.bin", 4, 1 << 33) == b"456789"
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_folder_that_changes_is_listed(folder: Path):
+    """A recorder's claims come and go while `verify` and training look on."""
+    stop = threading.Event()
+
+    def claim() -> None:
+        while not stop.is_set():
+            for number in range(50):
+                (folder / f".block-{number}.claim").touch()
+            for number in range(50):
+                (folder / f".block-{number}.claim").unlink()
+
+    thread = threading.Thread(target=claim)
+    thread.start()
+    try:
+        place = open_storage(folder)
+        for _ in range(300):
+            assert (place.sizes() or {})["a.bin"] == 10
+    finally:
+        stop.set()
+        thread.join()
 
 
 @pytest.mark.parametrize("address", ["nowhere://x", "gibberish::memory://x"])

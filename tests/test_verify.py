@@ -99,8 +99,8 @@ def test_verify_reads_from_elsewhere(folder, fault):
 
 
 def test_verify_reads_what_cannot_be_listed(folder):
-    """Where a web server lists nothing, what is missing is found by asking for it."""
-    (folder / "index.html").write_text("nothing to see")
+    """Where a web server shows a page of its own, what is missing is found by asking for it."""
+    (folder / "index.html").write_text('nothing to see but <a href="about.html">links</a>')
     (folder / trajectory_name(1)).unlink()
     with served(folder) as (url, _):
         found = problems(url)

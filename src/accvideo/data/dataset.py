@@ -107,6 +107,8 @@ def open_source(address: Path | str) -> Source:
     """
     storage = open_storage(address)
     manifest, sizes = read_manifest(storage), storage.sizes()
+    if sizes is not None and MANIFEST not in sizes:  # a web page, whose links are no list of the folder
+        sizes = None
     index = None
     if INDEX in (sizes if sizes is not None else _answering(storage, INDEX)):
         index = read_index(storage)

@@ -1,7 +1,9 @@
 """Reading the files of one folder, wherever it is: on disk, behind a web server, in an object store."""
 
+import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -74,10 +76,14 @@ class LocalStorage:
 
     def sizes(self) -> dict[str, int] | None:
         """See `Storage`."""
+        found = {}
         try:
-            return {entry.name: entry.lstat().st_size for entry in self.root.iterdir()}
+            for entry in os.scandir(self.root):
+                with suppress(FileNotFoundError):  # a recorder's claim, given back since
+                    found[entry.name] = entry.stat(follow_symlinks=False).st_size
         except OSError as error:
             raise UserError(f"{self.root}: {error.strerror}; give a folder that accvideo recorded") from error
+        return found
 
     def read(self, name: str, start: int = 0, size: int | None = None, limit: int = MAX_BYTES) -> bytes:
         """See `Storage`."""
@@ -89,8 +95,8 @@ class LocalStorage:
             if not real.is_file():
                 raise UserError(f"{path}: not a regular file")
             with real.open("rb") as file:
-                file.seek(0, 2)
-                size = max(file.tell() - start, 0) if size is None else size
+                rest = max(file.seek(0, os.SEEK_END) - start, 0)
+                size = rest if size is None else min(size, rest)  # all that is asked for would be allocated
                 check_size(str(path), size, limit)
                 file.seek(start)
                 return file.read(size)
