@@ -1,5 +1,6 @@
 """Each bad file is named, and no good one."""
 
+import os
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from accvideo.data.dataset import TrajectoryFolder
-from accvideo.data.verify import problems
+from accvideo.data.dataset import TrajectoryFolder, open_source
+from accvideo.data.verify import VerifyConfig, check, problems, verify
+from accvideo.recording.workers import Claims
 from accvideo.trajectory import trajectory_name, write_trajectory
 from accvideo.types import UserError
 from tests.served import served
@@ -138,3 +140,45 @@ def test_one_prompt_with_other_noise_is_no_duplicate(folder):
     """Nor is one noise with other prompts: recordings of one seed that were merged share it."""
     write_trajectory(folder, replace(make_trajectory(1), index=4, prompt="another"))
     assert problems(folder) == []
+
+
+def test_recorders_at_work_are_told_and_their_files_are_no_problem(folder, capsys):
+    """What they leave when they die is one."""
+    claims = Claims(folder, "w")
+    claims.take("block-7")
+    (folder / f".000007.safetensors{claims.writer}.tmp").touch()
+    found = verify(VerifyConfig(data=str(folder)))
+    who = f"process {os.getpid()} on {os.uname().nodename}"
+    assert found["problems"] == [] and who in found["recorders"] and who in capsys.readouterr().err
+    for path in folder.glob(".*"):
+        os.utime(path, (0, 0))
+    assert [problem.split(":")[0] for problem in problems(folder)] == [
+        *(str(folder / name) for name in (f".000007.safetensors{claims.writer}.tmp", ".block-7.claim"))
+    ]
+    claims.close()
+
+
+def test_what_is_gone_when_it_is_looked_at_is_no_problem(folder):
+    """A claim that was given back while the trajectories were read."""
+    claims = Claims(folder, "w")
+    claims.take("block-7")
+    source = open_source(folder)
+    claims.close()
+    assert list(check(source)) == []
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"{}", b'{"owner": 3}', b"[" * 4000, b"\xff\x80"])
+def test_no_text_of_a_claim_disturbs(folder, text):
+    """Neither who reads the folder, nor who records to it."""
+    (folder / ".block-1.claim").write_bytes(text)
+    assert problems(folder) == []
+    claims = Claims(folder, "w")
+    assert claims.rivals() == [] and not claims.take("block-1")
+    claims.close()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_only_a_file_is_taken_for_a_claim(folder, kind):
+    path = folder / ".block-1.claim"
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    assert len(found := problems(folder)) == 1 and ".block-1.claim: does not belong" in found[0]

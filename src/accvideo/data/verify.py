@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,13 @@ from tyro.conf import Positional
 
 from accvideo.data.dataset import NUM_AHEAD, Source, ahead, open_source
 from accvideo.data.shards import bad_ends
+from accvideo.data.storage import LocalStorage
+from accvideo.recording.workers import at_work
 from accvideo.trajectory import Trajectory, trajectory_name
 from accvideo.types import UserError
+
+MAX_CLAIM_BYTES = 4096
+"""What is read of a claim."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +103,29 @@ def check(source: Source) -> Iterator[Problem]:
         seen.setdefault(each.content, number)
     if source.index is not None:
         yield from map(Problem, bad_ends(source.storage, source.index))
-    yield from (
-        Problem(f"{source.storage.address}/{name}: does not belong to the data set") for name in source.strays()
-    )
+    for name in strays(source)[0]:
+        yield Problem(f"{source.storage.address}/{name}: does not belong to the data set")
+
+
+def strays(source: Source) -> tuple[list[str], list[str]]:
+    """Names of what does not belong to a data set, and which recorders are at work in it, as far as can be seen.
+
+    Their claims and half-written files belong there as long as they live.
+    """
+    names, recorders, storage = [], set(), source.storage
+    for name in source.strays():
+        if isinstance(storage, LocalStorage):
+            path, worker = storage.root / name, None
+            with suppress(UserError, OSError):
+                text = storage.read(name, 0, MAX_CLAIM_BYTES).decode(errors="replace")
+                worker = at_work(name, text, time.time() - path.lstat().st_mtime)
+            if not os.path.lexists(path):  # given back since the folder was listed
+                continue
+            if worker is not None:
+                recorders.add(worker)
+                continue
+        names.append(name)
+    return names, sorted(recorders)
 
 
 def problems(address: Path | str) -> list[str]:
@@ -110,7 +138,13 @@ def problems(address: Path | str) -> list[str]:
 
 def verify(config: VerifyConfig) -> dict[str, Any]:
     """Name every bad file on stderr; the summary lists them too."""
-    found = problems(config.data)
+    try:
+        source = open_source(config.data)
+        found, recorders = [problem.text for problem in check(source)], strays(source)[1]
+    except UserError as error:
+        found, recorders = [str(error)], []
     for problem in found:
         print(problem, file=sys.stderr)
-    return {"folder": config.data, "num_problems": len(found), "problems": found}
+    if recorders:
+        print(f"{config.data} is being recorded by {', '.join(recorders)}: what is missing may come", file=sys.stderr)
+    return {"folder": config.data, "num_problems": len(found), "problems": found, "recorders": recorders}

@@ -94,12 +94,33 @@ def is_gone(owner: str) -> bool:
     return start is None or abs(start - int(match["start"])) > 2  # the clock may have been set since
 
 
-def _owner(claim: str) -> str:
-    """The owner in the text of a claim; none where a machine died before it was on the disk."""
+def read_claim(text: str) -> dict[str, str]:
+    """Owner, host, process and work in the text of a claim; empty where a machine died before it was on the disk."""
     try:
-        return json.loads(claim)["owner"]
-    except ValueError:
-        return ""
+        claim = json.loads(text)
+        return {name: str(claim[name]) for name in ("owner", "host", "pid", "work")}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return dict.fromkeys(("owner", "host", "pid", "work"), "")
+
+
+def at_work(name: str, text: str, age: float) -> str | None:
+    """The worker that a claim or half-written file is of; None if it is neither, or was left behind.
+
+    Args:
+        name: of the file.
+        text: in it, if it is a claim.
+        age: seconds since it was touched.
+    """
+    claim = read_claim(text)
+    if CLAIM.fullmatch(name):
+        owner, longest = claim["owner"], STALE_SECONDS
+    elif match := PARTIAL.fullmatch(name):
+        owner, longest = match["owner"], LEFTOVER_SECONDS
+    else:
+        return None
+    if is_gone(owner) or age >= longest:
+        return None
+    return f"process {claim['pid']} on {claim['host']}" if claim["pid"] else "a recorder"
 
 
 class Claims:
@@ -165,9 +186,9 @@ class Claims:
         """Those who have claimed something in this folder for other work: host and process of each."""
         found = []
         for path in self.folder.glob(".*.claim"):
-            with suppress(OSError, ValueError):
-                claim = json.loads(path.read_text())
-                if claim["work"] != self.work and not self._clear(path):
+            with suppress(OSError, UnicodeError):
+                claim = read_claim(path.read_text())
+                if claim["work"] not in (self.work, "") and not self._clear(path):
                     found.append(f"process {claim['pid']} on {claim['host']}")
         return found
 
@@ -196,13 +217,15 @@ class Claims:
     def _clear(self, path: Path) -> bool:
         """Removes a claim whose owner is dead or silent; says whether the way is free."""
         try:
-            with path.open() as file:  # opened, it is told as the server has it, not as this machine remembers it
+            with path.open(
+                errors="replace"
+            ) as file:  # opened, it is told as the server has it, not as this machine remembers it
                 text, touched = file.read(), os.fstat(file.fileno()).st_mtime
-            if not is_gone(_owner(text)) and self._now() - touched < self.stale_after:
+            if not is_gone(read_claim(text)["owner"]) and self._now() - touched < self.stale_after:
                 return False
             aside = path.with_name(f"{path.name}{self.writer}.tmp")
             os.rename(path, aside)  # of several who try, one succeeds
-            if aside.read_text() != text:  # which has taken the place since
+            if aside.read_text(errors="replace") != text:  # which has taken the place since
                 os.rename(aside, path)
                 return False
             aside.unlink()
