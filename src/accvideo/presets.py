@@ -364,6 +364,7 @@ def record_defaults(preset: Preset) -> RecordConfig:
         prompts=tyro.MISSING,
         out=tyro.MISSING,
         num_steps=preset.num_steps,
+        teacher_num_steps=preset.num_steps,
         num_student_steps=preset.num_student_steps,
         guidance_scale=preset.guidance_scale,
         height=preset.height,

@@ -6,7 +6,7 @@ import inspect
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from accvideo.call import DenoiserCall, capture_call, flatten
 from accvideo.flow import euler_step
+from accvideo.recording.solvers import Solver, solver_step
 from accvideo.types import Latents, UserError
 
 PLAYGROUND_TEACHER = Path(__file__).parent / "playground" / "teacher"
@@ -171,6 +172,7 @@ def watch(
     keep: Collection[int] | None = None,
     on_step: Callable[[int], None] | None = None,
     shared: Collection[str] = (),
+    solver: Solver = "own",
 ) -> Iterator[Watch]:
     """Watches one run of `pipeline`: its states, noise levels and conditional calls.
 
@@ -183,12 +185,13 @@ def watch(
         keep: numbers of the steps to keep; all when None.
         on_step: called with the number of steps taken, after each.
         shared: names of the denoiser's arguments that have no row for each sample; see `shared_arguments`.
+        solver: what takes the steps; the scheduler's own are taken beside it and thrown away.
 
     Raises:
         UserError: on the first step, if the rule does not hold or the call cannot be replayed.
     """
     scheduler, seen = pipeline.scheduler, Watch()
-    original_step, part = scheduler.step, ()
+    original_step, solve, part = scheduler.step, solver_step(solver), ()
     calls: list[tuple[str, dict[str, Any]]] = []  # of the step under way
 
     def see_call(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -204,7 +207,7 @@ def watch(
         kept = keep is None or seen.num_steps in keep
         state = sample.detach().float().clone() if kept or seen.num_steps == 0 else None
         output = original_step(*args, **kwargs)
-        next_sample = output[0] if isinstance(output, tuple) else output.prev_sample
+        next_sample = own_sample = output[0] if isinstance(output, tuple) else output.prev_sample
 
         if not calls:
             raise UserError(f"{type(pipeline).__name__} takes a step without calling its denoiser: not supported")
@@ -222,6 +225,9 @@ def watch(
                 "supported is one\nAsk for fewer frames, so that it takes one run"
             )
         sigma, next_sigma = seen.sigmas[index], seen.sigmas[index + 1]
+        if solve is not None:
+            next_sample = solve(sample.float(), velocity.float(), sigma, next_sigma).to(own_sample.dtype)
+            output = (next_sample,) if isinstance(output, tuple) else type(output)(prev_sample=next_sample)
         name, arguments = calls[0]  # guidance by two calls: the first is the conditional one
         if state is not None:
             call, part = capture_call(arguments, sample, shared)
@@ -229,7 +235,7 @@ def watch(
             own = velocity.detach().float().clone()[part]
             step = WatchedStep(state[part], following[part], own, sigma, next_sigma, name, call)
             if seen.num_steps == 0:
-                check_rule(pipeline, step, next_sample.dtype)
+                check_rule(pipeline, replace(step, next_state=own_sample.detach().float()[part]), own_sample.dtype)
             if kept:
                 seen.steps.append(step)
         seen.num_calls += sum(len(arguments["hidden_states"]) // len(sample) for _, arguments in calls)

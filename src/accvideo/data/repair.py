@@ -84,11 +84,14 @@ def settings_of(manifest: Manifest, config: RepairConfig) -> RecordConfig:
     scheduler = manifest.scheduler["config"]
     shift = next((scheduler[name] for name in ("flow_shift", "shift") if name in scheduler), None)
     dtype: Any = manifest.dtype
+    solver: Any = manifest.solver
     return RecordConfig(
         teacher=manifest.teacher,
         prompts=config.prompts,
         out=config.folder,
         num_steps=manifest.num_steps,
+        solver=solver,
+        teacher_num_steps=manifest.teacher_num_steps or manifest.num_steps,
         num_student_steps=manifest.num_student_steps,
         image=config.image,
         guidance_scale=manifest.guidance_scale,
