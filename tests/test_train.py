@@ -171,15 +171,24 @@ def test_the_shipped_teacher_follows_prompts(teacher: WanPipeline):
         assert (corner[1] - navy).abs().max() < 0.1
 
 
-def test_muon_orthogonalizes_kernels_and_moves_vectors_by_adam():
-    """The step of a kernel has singular values near 1, whatever its gradient's; Adam's first step is the sign."""
-    kernel, bias = nn.Parameter(torch.zeros(6, 4, 3, 3)), nn.Parameter(torch.zeros(5))
-    kernel.grad = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(0)) * 1e-4
+def test_muon_orthogonalizes_matrices_and_moves_vectors_by_adam():
+    """The step of a matrix has singular values near 1, whatever its gradient's; Adam's first step is the sign."""
+    generator = torch.Generator().manual_seed(0)
+    matrices = [nn.Parameter(torch.zeros(shape)) for shape in ((6, 4, 3, 3), (12, 5), (12, 5))]
+    for scale, matrix in zip((1e-4, 1.0, 1e3), matrices, strict=True):
+        matrix.grad = torch.randn(matrix.shape, generator=generator) * scale
+    bias, unused = nn.Parameter(torch.zeros(5)), nn.Parameter(torch.ones(2))
     bias.grad = torch.tensor([1e-3, -2.0, 3.0, -1e-2, 5.0])
-    train.Muon([kernel, bias], lr=0.1).step()
-    singular = torch.linalg.svdvals(kernel.detach().flatten(1)) / 0.1
-    assert 0.6 < singular.min() and singular.max() < 1.3
+    train.Muon(matrices, [bias, unused], lr=0.1).step()
+    for matrix, tall in zip(matrices, (1.0, 2.4, 2.4), strict=True):
+        assert matrix.grad is not None
+        step, gradient = matrix.detach().flatten(1) / (-0.1 * tall**0.5), matrix.grad.flatten(1)
+        singular = torch.linalg.svdvals(step)
+        assert 0.6 < singular.min() and singular.max() < 1.3
+        left, _, right = torch.linalg.svd(gradient, full_matrices=False)
+        assert (step * (left @ right)).sum() > 0.98 * step.norm() * (left @ right).norm()
     torch.testing.assert_close(bias.detach(), -0.01 * bias.grad.sign(), rtol=1e-4, atol=0)
+    assert torch.equal(unused, torch.ones(2))
 
 
 def test_running_means_take_no_part_in_the_graph():

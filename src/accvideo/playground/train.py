@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, DPMSolverMultistepScheduler, WanPipeline, WanTransformer3DModel
+from jaxtyping import Float
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
@@ -96,8 +97,8 @@ class TrainConfig:
     """Updates of the denoiser and the text encoder."""
     denoiser_batch_size: int = 512
     """Clips in one update of the denoiser."""
-    denoiser_learning_rate: float = 1e-3
-    """Peak learning rate of the denoiser and the text encoder."""
+    denoiser_learning_rate: float = 1e-2
+    """Peak learning rate of the matrices (Muon) of the denoiser; a tenth of it is that of all other weights (Adam)."""
     ema_decay: float = 0.9995
     """Decay of the moving average of the weights, which is what is saved."""
     caption_dropout: float = 0.1
@@ -105,7 +106,7 @@ class TrainConfig:
     train_shift: float = 3.0
     """Shift of the noise levels trained on towards noise; 1 draws them uniformly."""
     pool_size: int = 262_144
-    """Encoded clips kept at hand; every 64 updates a block of new ones replaces the oldest."""
+    """Encoded clips kept at hand; every 256 updates a block of new ones replaces the oldest."""
     pool_block: int = 1024
     """Clips drawn and encoded at once."""
     pool_start: int = 65_536
@@ -267,7 +268,7 @@ def train_vae(config: TrainConfig, device: torch.device) -> AutoencoderKLWan:
     torch.manual_seed(config.seed)
     vae = build_vae()
     vae.to(device)  # type: ignore[arg-type]
-    optimizer = _adamw(list(vae.parameters()), weight_decay=0.0)
+    optimizer = _adamw(list(vae.parameters()))
 
     def update(clips: Tensor, weight: Tensor, noise: Tensor) -> dict[str, Tensor]:
         posterior = vae.encode(clips).latent_dist  # type: ignore[union-attr]
@@ -311,9 +312,13 @@ def train_denoiser(
     weights = [p for module in modules.values() for p in module.parameters()]
     averages = {name: {k: p.detach().clone() for k, p in m.named_parameters()} for name, m in modules.items()}
     averaged = [average for module in averages.values() for average in module.values()]
-    optimizer = _adamw(weights, weight_decay=0.01)
+    matrices = [p for name, p in denoiser.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
+    others = [p for p in weights if all(p is not matrix for matrix in matrices)]
+    optimizer = _muon(matrices, others)
     checkpoint = _Checkpoint(config.out / "denoiser", modules, optimizer, averages)
     pool = _Pool(config, vae, tokenizer, device)
+    if device.type == "cuda":
+        denoiser.compile_repeated_blocks(fullgraph=True, dynamic=False)
 
     def update(latents: Tensor, noise: Tensor, sigma: Tensor, tokens: Tensor, *, length: int) -> dict[str, Tensor]:
         with torch.autocast(device.type, dtype=torch.bfloat16):
@@ -363,27 +368,32 @@ def refine_vae(config: TrainConfig, vae: AutoencoderKLWan, device: torch.device)
     weights = list(vae.parameters())
     averages = {"vae": {name: weight.detach().clone() for name, weight in vae.named_parameters()}}
     averaged = list(averages["vae"].values())
-    optimizer = Muon(weights, config.refine_learning_rate)
+    optimizer = _muon([w for w in weights if w.ndim >= 4], [w for w in weights if w.ndim < 4])
     checkpoint = _Checkpoint(config.out / "refined", {"vae": vae}, optimizer, averages)
     std = torch.tensor(vae.config.latents_std, device=device).view(1, -1, 1, 1, 1)  # type: ignore[attr-defined]
 
-    def iterate(iteration: int) -> dict[str, Tensor]:
-        decay = min(1.0, 1.25 * (1 - iteration / config.refine_iterations))
-        _set_learning_rate(optimizer, config.refine_learning_rate * decay)
-        generator = _generator(config.seed, "refine", iteration, device)
-        clips, weight = draw_weighted(world.random_scenes(config.refine_batch_size, generator))
+    def update(clips: Tensor, weight: Tensor, noise: Tensor) -> dict[str, Tensor]:
         with torch.autocast(device.type, dtype=torch.bfloat16):
             with torch.no_grad():
                 held = old.encode(clips).latent_dist.mean.float()
             latents = vae.encode(clips).latent_dist.mean.float()  # type: ignore[union-attr]
-            noise = torch.randn(latents.shape, generator=generator, device=device)
             decoded = vae.decode(latents + 0.03 * std * noise).sample  # type: ignore[union-attr]
         error, moved = decoded.float() - clips, ((latents - held) / std).square().mean()
         optimizer.zero_grad()
         (pixel_loss(error, weight) + config.refine_hold * moved).backward()
         optimizer.step()
-        _move_averages(averaged, weights, min(0.997, (1 + iteration) / (10 + iteration)))
         return {"psnr_db": psnr(error), "moved": moved.detach().sqrt()}
+
+    run_update = _Graphed(update, optimizer)
+
+    def iterate(iteration: int) -> dict[str, Tensor]:
+        _set_learning_rate(optimizer, config.refine_learning_rate * _schedule(iteration, config.refine_iterations))
+        generator = _generator(config.seed, "refine", iteration, device)
+        clips, weight = draw_weighted(world.random_scenes(config.refine_batch_size, generator))
+        noise = torch.randn(len(clips), LATENT_CHANNELS, 5, 4, 4, generator=generator, device=device)
+        metrics = run_update(clips, weight, noise)
+        _move_averages(averaged, weights, min(0.997, (1 + iteration) / (10 + iteration)))
+        return metrics
 
     _loop("refinement", config.refine_iterations, config.save_every, checkpoint, iterate)
     with torch.no_grad():
@@ -398,45 +408,59 @@ def psnr(error: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal for convolution kernels, and Adam at a tenth of the rate for all other weights.
+    """Momentum made orthogonal for matrices, and Adam at a tenth of the rate for all other weights.
 
-    A kernel counts as a matrix of outputs by everything else; five Newton-Schulz iterations bring the singular values
-    of its momentum near 1 (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks").
+    A convolution kernel counts as a matrix of outputs by everything else; five Newton-Schulz iterations bring the
+    singular values of the momentum near 1 (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural
+    networks"), those of all matrices of one shape at once. Adam's moments start at zero and are not corrected for it:
+    the learning rate is to rise from zero.
     """
 
-    def __init__(self, weights: list[nn.Parameter], lr: float) -> None:
-        super().__init__(weights, {"lr": lr})
+    def __init__(self, matrices: Sequence[nn.Parameter], others: Sequence[nn.Parameter], lr: float | Tensor) -> None:
+        super().__init__([{"params": list(matrices)}, {"params": list(others)}], {"lr": lr})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update all weights that have a gradient."""
         rate = self.param_groups[0]["lr"]
-        for weight in self.param_groups[0]["params"]:
-            gradient, state = weight.grad, self.state[weight]
-            if not state:
-                state |= {"momentum": torch.zeros_like(weight), "square": torch.zeros_like(weight)}
-                state["step"] = torch.zeros(())
-            state["step"] += 1
-            if weight.ndim >= 4:
-                momentum = state["momentum"].lerp_(gradient, 0.05)
-                direction = _orthogonal(gradient.lerp(momentum, 0.95).flatten(1)).view_as(weight)
-                outputs, inputs = weight.shape[0], weight[0].numel()
-                weight.add_(direction, alpha=-rate * max(1.0, outputs / inputs) ** 0.5)
-            else:
-                momentum = state["momentum"].lerp_(gradient, 0.1)
-                square = state["square"].lerp_(gradient.square(), 0.01)
-                mean, deviation = 1 - 0.9 ** state["step"], (1 - 0.99 ** state["step"]) ** 0.5
-                weight.sub_(0.1 * rate * (momentum / mean) / (square.sqrt() / deviation + 1e-8))
+        matrices, others = ([w for w in group["params"] if w.grad is not None] for group in self.param_groups)
+
+        momenta = self._moments(matrices, "momentum")
+        torch._foreach_lerp_(momenta, [w.grad for w in matrices], 0.05)
+        ahead = torch._foreach_lerp([w.grad for w in matrices], momenta, 0.95)
+        by_shape: dict[torch.Size, list[int]] = {}
+        for i, gradient in enumerate(ahead):
+            by_shape.setdefault(gradient.flatten(1).shape, []).append(i)
+        for (outputs, inputs), rows in by_shape.items():
+            directions = _orthogonal(torch.stack([ahead[i].flatten(1) for i in rows]))
+            directions = directions * (-rate * max(1.0, outputs / inputs) ** 0.5)
+            changes = [change.view_as(matrices[i]) for i, change in zip(rows, directions.unbind(), strict=True)]
+            torch._foreach_add_([matrices[i] for i in rows], changes)
+
+        means, squares = self._moments(others, "momentum"), self._moments(others, "square")
+        gradients = [w.grad for w in others]
+        torch._foreach_lerp_(means, gradients, 0.1)
+        torch._foreach_lerp_(squares, torch._foreach_mul(gradients, gradients), 0.01)
+        deviations = torch._foreach_add(torch._foreach_sqrt(squares), 1e-8)
+        changes = torch._foreach_mul(torch._foreach_div(means, deviations), -0.1 * rate)
+        torch._foreach_add_(others, changes)
+
+    def _moments(self, weights: list[nn.Parameter], name: str) -> list[Tensor]:
+        for weight in weights:
+            if name not in self.state[weight]:
+                self.state[weight][name] = torch.zeros_like(weight)
+        return [self.state[weight][name] for weight in weights]
 
 
-def _orthogonal(matrix: Tensor) -> Tensor:
-    """The orthogonal matrix nearest to `matrix`, roughly: its singular values come to lie between about 0.7 and 1.2."""
-    wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    wide = wide / (wide.norm() + 1e-7)
+def _orthogonal(matrices: Float[Tensor, "batch rows columns"]) -> Float[Tensor, "batch rows columns"]:
+    """The orthogonal matrices nearest to `matrices`, roughly: singular values come to lie between about 0.7 and 1.2."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    wide = matrices.mT if tall else matrices
+    wide = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
-        product = wide @ wide.T
+        product = wide @ wide.mT
         wide = 3.4445 * wide + (-4.7750 * product + 2.0315 * product @ product) @ wide
-    return wide.T if matrix.shape[0] > matrix.shape[1] else wide
+    return wide.mT if tall else wide
 
 
 def encode_prompts(text_encoder: UMT5EncoderModel, tokens: Tensor, length: int) -> Tensor:
@@ -477,7 +501,7 @@ def save_teacher(
 
 
 class _Pool:
-    """Latents and tokens of clips drawn from the world: a ring that grows by a block every 64 iterations."""
+    """Latents and tokens of clips drawn from the world: a ring that grows by a block every 256 iterations."""
 
     def __init__(
         self, config: TrainConfig, vae: AutoencoderKLWan, tokenizer: PreTrainedTokenizerFast, device: torch.device
@@ -509,7 +533,7 @@ class _Pool:
 
     def refresh(self, iteration: int) -> None:
         """Hold the blocks that belong to an iteration; the first call, also of a resumed training, fills the pool."""
-        wanted = self.config.pool_start // self.config.pool_block + iteration // 64
+        wanted = self.config.pool_start // self.config.pool_block + iteration // 256
         for block in range(max(self.num_filled, wanted - self.num_blocks), wanted):
             self._fill(block)
         self.num_filled = wanted
@@ -650,7 +674,7 @@ def minimize(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
     """One clipped step of the optimizer down the gradient of the loss."""
     optimizer.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
     optimizer.step()
 
 
@@ -663,22 +687,26 @@ def _move_averages(averages: list[Tensor], weights: Sequence[Tensor], decay: flo
     torch._foreach_lerp_(averages, list(weights), 1 - decay)
 
 
-def _adamw(weights: list[nn.Parameter], weight_decay: float) -> torch.optim.AdamW:
-    # A graph reads the learning rate from a tensor.
-    device = weights[0].device
-    on_gpu = device.type == "cuda"
-    rate = torch.zeros((), device=device) if on_gpu else 0.0
-    return torch.optim.AdamW(
-        weights, lr=rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True, capturable=on_gpu
-    )
+def _adamw(weights: list[nn.Parameter]) -> torch.optim.AdamW:
+    rate, on_gpu = _no_learning_rate(weights[0].device), weights[0].device.type == "cuda"
+    return torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True, capturable=on_gpu)
+
+
+def _muon(matrices: list[nn.Parameter], others: list[nn.Parameter]) -> Muon:
+    return Muon(matrices, others, _no_learning_rate(matrices[0].device))
+
+
+def _no_learning_rate(device: torch.device) -> float | Tensor:
+    """A learning rate of zero, to be set later; a captured graph reads it from a tensor."""
+    return torch.zeros((), device=device) if device.type == "cuda" else 0.0
 
 
 def _set_learning_rate(optimizer: torch.optim.Optimizer, rate: float | Tensor) -> None:
-    group = optimizer.param_groups[0]
-    if isinstance(group["lr"], Tensor):
-        group["lr"].copy_(rate) if isinstance(rate, Tensor) else group["lr"].fill_(rate)
-    else:
-        group["lr"] = rate
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].copy_(rate) if isinstance(rate, Tensor) else group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def _schedule(iteration: int, num_iterations: int) -> float:
