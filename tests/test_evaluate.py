@@ -50,6 +50,8 @@ METRICS = {
     "diversity_distance",
     "latent_mse",
     "teacher_psnr_db",
+    "motion_error",
+    "fvd",
 }
 
 
@@ -233,6 +235,11 @@ def test_judged_rows(judged: tuple[Task, dict[str, RowData]]):
     assert teacher["diversity_distance"] and teacher["diversity_distance"].mean > 0
     assert student["latent_mse"] and student["latent_mse"].mean > 0
     assert teacher["teacher_psnr_db"] is None and student["teacher_psnr_db"] is not None
+    clips, others = (torch.stack([data[name].frames(i) for i in range(12)]).float() for name in ("teacher", "student"))
+    missed, motion = (others - clips).diff(dim=1).square().sum(), clips.diff(dim=1).square().sum()
+    assert teacher["motion_error"] is None and student["motion_error"] is not None
+    assert student["motion_error"].mean == pytest.approx((missed / motion).item(), rel=1e-4)
+    assert student["fvd"] is None, "not asked for"
 
 
 def test_failures_are_shown(judged: tuple[Task, dict[str, RowData]]):

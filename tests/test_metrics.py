@@ -8,8 +8,11 @@ from accvideo.metrics import (
     PSNR_LIMIT,
     bootstrap_interval,
     deviation_interval,
+    energy_ratio,
     flicker,
+    frechet_distance,
     latent_mse,
+    motion_energy,
     psnr,
     wasserstein_distance,
     wilson_interval,
@@ -82,3 +85,40 @@ def test_wasserstein_distance_against_closed_forms():
     assert wasserstein_distance(values, values + 2.5) == pytest.approx(2.5, rel=1e-6)
     # Quantile functions 0, 1 and 0, 1, 2 differ by 0, 1, 0, 1 on quarters [1/3, 1/2] and [2/3, 1].
     assert wasserstein_distance([0.0, 1.0], [0.0, 1.0, 2.0]) == pytest.approx(1 / 6 + 1 / 3)
+
+
+def test_motion_error_is_of_motion_only():
+    """Another picture that moves alike has none, a still one has 1, and one that moves the opposite way has 4."""
+    generator = torch.Generator().manual_seed(0)
+    reference = torch.rand(2, 6, 8, 8, 3, generator=generator) * 255
+    still = reference[:, :1].expand(-1, 6, -1, -1, -1)
+    energy = motion_energy(reference)
+    assert energy.shape == (2,)
+    assert motion_energy(reference + 17 - reference) == pytest.approx(torch.zeros(2), abs=1e-6)
+    assert motion_energy(still - reference) == pytest.approx(energy)
+    assert motion_energy(-reference - reference) == pytest.approx(4 * energy)
+
+
+def test_still_references_have_little_say_in_the_ratio():
+    """One clip of no motion among others changes nothing, where a mean of ratios would be infinite."""
+    assert energy_ratio(np.array([[1.0, 4.0], [2.0, 4.0], [0.0, 0.0]])) == 3 / 8
+    assert math.isfinite(energy_ratio(np.zeros((3, 2))))
+
+
+def test_frechet_distance_of_known_gaussians():
+    """|m1 - m2|^2 + sum (s1 - s2)^2 in the axes of covariances that commute, exact for samples of exact moments."""
+    corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)
+    scales, others, shift = (torch.tensor(values) for values in ([1.0, 2.0, 3.0], [2.0, 0.5, 3.0], [0.0, 1.0, -2.0]))
+    rotation = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0))).Q
+    first, second = corners * scales @ rotation, (corners * others + shift) @ rotation
+    expected = shift.square().sum().item() + (scales - others).square().sum().item()
+    assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(second, first) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(first, first) == pytest.approx(0, abs=1e-6)
+
+
+def test_frechet_distance_of_fewer_clips_than_features():
+    """Their covariances are singular: still no distance to itself, and that of a shift is its square."""
+    sample = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
+    assert frechet_distance(sample, sample) == pytest.approx(0, abs=1e-4)
+    assert frechet_distance(sample + 0.5, sample) == pytest.approx(40 * 0.25, rel=1e-4)

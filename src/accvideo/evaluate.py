@@ -4,9 +4,11 @@ What is kept of each row goes to `report/cache`, from which a killed evaluation 
 """
 
 import json
+import os
 import platform
 import shlex
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
@@ -17,17 +19,23 @@ import torch
 import tyro
 from rich.progress import Progress
 
-from accvideo.command import Prompt, choose_device, progress_bar, read_prompt_file
+from accvideo.command import Prompt, progress_bar, read_prompt_file
 from accvideo.generate import batches, with_prompts
 from accvideo.inference.acceleration import Acceleration
 from accvideo.inference.model import PLAIN, Dtype, Model, load_model, student_folder, with_scheduler
 from accvideo.playground.world import sample_prompts
+from accvideo.record import own_device
+from accvideo.recording.workers import Claims, Place, find_place
 from accvideo.report import ShownClip, write_report
+from accvideo.reporting.fvd import VideoFeatures
 from accvideo.reporting.rows import NUM_SHOWN, PROPERTIES, Plan, RowData, Task, make_row, row_key, run_row
 from accvideo.student import StudentConfig, read_student_config
 from accvideo.teacher import PLAYGROUND_TEACHER, teacher_path
 from accvideo.trajectory import write_whole
 from accvideo.types import UserError
+from accvideo.vbench.commands import describe_vbench
+from accvideo.vbench.suite import ITEMS_OF_PROMPT, NUM_VIDEOS, Suite, read_suite, spread
+from accvideo.vbench.videos import Making, check_prompts, make_videos
 
 NUM_FAILURES = 6
 """Wrong clips of the student that are shown."""
@@ -49,7 +57,7 @@ class EvaluateConfig:
     """Number of prompts, and clips of each row."""
     prompts: Path | None = None
     """Text file, one prompt a line; or .csv or .jsonl with further columns, as for `generate`. Held-out prompts of the
-    world by default if the teacher is the playground's."""
+    world by default if the teacher is the playground's; with `vbench`, some of its."""
     seed: int = 0
     """Seed of prompts and noise."""
     num_steps: int | None = None
@@ -60,6 +68,19 @@ class EvaluateConfig:
     """Of the pipelines."""
     device: str = "auto"
     """`auto` takes the accelerator if there is one."""
+    fvd: Path | None = None
+    """Also measure FVD to the teacher's clips: the file with I3D's weights, for the package cd-fvd."""
+    vbench: bool = False
+    """Also make the videos that VBench wants of the student, five of each prompt of its list or of `prompts`; print the
+    commands that measure them, and read what they have measured. `prompts` may be VBench's list in a .json file.
+    Several processes with this command share the work."""
+    vbench_teacher: bool = False
+    """With `vbench`: of the teacher as well."""
+    vbench_texts: Path | None = None
+    """With `vbench`: text file of what the models are given in place of the prompts of its list, one a line."""
+    vbench_flicker: int = NUM_VIDEOS
+    """With `vbench`: videos of each prompt of temporal flickering. More than five, VBench asks for 25, are filtered by
+    it, so that it looks at those that stand still."""
     acceleration: Annotated[Acceleration, tyro.conf.arg(name="")] = PLAIN
     """Speed and memory, of teacher and student alike."""
 
@@ -67,6 +88,13 @@ class EvaluateConfig:
         for name in ("num_prompts", "num_steps", "batch_size"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"{name} is {value}: it must be at least 1")
+        if not NUM_VIDEOS <= self.vbench_flicker <= ITEMS_OF_PROMPT:
+            raise UserError(
+                f"vbench_flicker is {self.vbench_flicker}: it must be from {NUM_VIDEOS} to {ITEMS_OF_PROMPT}"
+            )
+        for name in ("vbench_teacher", "vbench_texts", "vbench_flicker"):
+            if not self.vbench and getattr(self, name) != getattr(type(self), name):
+                raise UserError(f"--{name.replace('_', '-')} is for VBench's videos; give --vbench as well")
         if "student" in self.also or len(set(self.also)) < len(self.also):
             raise UserError(
                 f"--also {' '.join(self.also)}: every row needs a name of its own, and `student` is taken\n"
@@ -77,34 +105,92 @@ class EvaluateConfig:
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Run all rows, write `report.json` and `index.html`, and return what `report.json` holds.
 
+    With `vbench` its videos are made first. Of several processes that share these, one goes on with the rows, and the
+    others return nothing.
+
     Raises:
         UserError: Whatever the user can mend.
     """
     folder = student_folder(config.student)
     student = read_student_config(folder)
     teacher = config.teacher or student.teacher
-    is_judged = teacher_path(teacher) == PLAYGROUND_TEACHER
+    is_judged = check_teacher(teacher) == PLAYGROUND_TEACHER
+    suite = read_suite(config.prompts, config.vbench_texts, config.vbench_flicker) if config.vbench else None
+    place = find_place(os.environ) if config.vbench else Place()
+    device = own_device(config.device, place)
     task = Task(
-        prompts=choose_prompts(config, is_judged),
+        prompts=choose_prompts(config, is_judged, suite),
         seed=config.seed,
         batch_size=config.batch_size or (16 if is_judged else 1),
         dtype=config.dtype,
         acceleration=config.acceleration,
         is_judged=is_judged,
         cache=open_folder(config.out),
+        features=None if config.fvd is None else VideoFeatures(config.fvd, device),
     )
-    device = choose_device(config.device)
+    with progress_bar(visible=place.local_rank == 0) as progress:
+        if suite is None:
+            return write_rows(config, task, None, student, device, progress)
+        make_vbench(config, task, suite, student, device, place, progress)
+        claims = Claims(task.cache, "rows")
+        try:
+            if not claims.take("rows"):
+                return {}
+            report = write_rows(config, task, suite, student, device, progress)
+        finally:
+            claims.close()
+    if commands := report["vbench"]["commands"]:
+        lines = ("VBench measures the videos by", *commands, "and then this evaluation's command reads the results.")
+        print(*lines, sep="\n", file=sys.stderr)
+    return report
+
+
+def make_vbench(
+    config: EvaluateConfig,
+    task: Task,
+    suite: Suite,
+    student: StudentConfig,
+    device: str,
+    place: Place,
+    progress: Progress,
+) -> None:
+    """Make VBench's videos: of the student, so that they can be measured meanwhile, then of the teacher if wanted."""
+    for name in vbench_models(config):
+        if name == "student":
+            model, num_steps = (
+                load_model(config.student, getattr(torch, config.dtype), device, config.acceleration),
+                None,
+            )
+        else:
+            model, num_steps = (
+                load_teacher(config, config.teacher or student.teacher, student, device),
+                config.num_steps,
+            )
+        check_prompts(model, suite, task.batch_size)
+        making = Making(num_steps, task.seed, task.batch_size, task.dtype, task.acceleration)
+        make_videos(name, model, suite, making, config.out / "vbench" / name, place, progress)
+
+
+def vbench_models(config: EvaluateConfig) -> list[str]:
+    """What VBench's videos are made of, by the names of their folders."""
+    return ["student", "teacher"] if config.vbench_teacher else ["student"]
+
+
+def write_rows(
+    config: EvaluateConfig, task: Task, suite: Suite | None, student: StudentConfig, device: str, progress: Progress
+) -> dict[str, Any]:
+    """Run all rows and write the report; returns what `report.json` holds."""
+    teacher, folder = config.teacher or student.teacher, student_folder(config.student)
     students = {"student": config.student, **{name: name for name in config.also}}
-    with progress_bar() as progress:
-        model = load_teacher(config, teacher, student, device)
-        for block in batches(len(task.prompts), task.batch_size):
-            with_prompts(model, [task.prompts[index] for index in block])  # refuses here what it cannot do
-        teacher_key, rows, data = teacher_rows(config, task, model, student, progress)
-        for name, model_name in students.items():
-            model = load_model(model_name, getattr(torch, config.dtype), device, config.acceleration)
-            plan = Plan(name, model.num_steps, model.guidance_scale, is_teacher=False)
-            data[name] = run_row(model, plan, task, teacher_key, progress)
-            rows.append(make_row(model, plan, task, data[name]))
+    model = load_teacher(config, teacher, student, device)
+    for block in batches(len(task.prompts), task.batch_size):
+        with_prompts(model, [task.prompts[index] for index in block])  # refuses here what it cannot do
+    teacher_key, rows, data = teacher_rows(config, task, model, student, progress)
+    for name, model_name in students.items():
+        model = load_model(model_name, getattr(torch, config.dtype), device, config.acceleration)
+        plan = Plan(name, model.num_steps, model.guidance_scale, is_teacher=False)
+        data[name] = run_row(model, plan, task, teacher_key, progress)
+        rows.append(make_row(model, plan, task, data[name]))
     report = {
         "rows": rows,
         "speedup": speedup(rows),
@@ -119,6 +205,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "dtype": config.dtype,
         "limits": limits(task, student, rows),
     }
+    if suite is not None:
+        report["vbench"] = describe_vbench(config.out / "vbench", suite, vbench_models(config))
+        report["limits"] += report["vbench"].pop("limits")
     write_whole(config.out / "report.json", json.dumps(report, indent=2).encode() + b"\n")
     shown, failures = choose_clips(task, data)
     write_report(config.out, report, shown, failures, training_log(folder), student.fps)
@@ -128,13 +217,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 # What to run
 
 
-def choose_prompts(config: EvaluateConfig, is_judged: bool) -> list[Prompt]:
-    """The prompts: of a file, or drawn from the world's held-out ones.
+def choose_prompts(config: EvaluateConfig, is_judged: bool, suite: Suite | None = None) -> list[Prompt]:
+    """The prompts: of a file, drawn from the world's held-out ones, or some of VBench's.
 
     Raises:
         UserError: There is no file, and the teacher is not the playground's.
     """
-    if config.prompts is not None:
+    if suite is not None and suite.listing is not None and not is_judged:
+        return spread(suite.prompts, config.num_prompts)
+    if config.prompts is not None and (suite is None or suite.listing is None):
         return read_prompt_file(config.prompts)[: config.num_prompts]
     if not is_judged:
         raise UserError("prompts can only be drawn for the playground's teacher; give --prompts FILE")
@@ -159,12 +250,22 @@ def open_folder(folder: Path) -> Path:
     return cache
 
 
+def check_teacher(name: str) -> Path | None:
+    """The teacher's folder; None for one on the hub.
+
+    Raises:
+        UserError: It is a student.
+    """
+    folder = student_folder(name) if name == "playground-student" else teacher_path(name)
+    if folder is not None and (folder / "student.json").is_file():
+        raise UserError(f"{name} is a student, not a teacher; give it with --also")
+    return folder
+
+
 def load_teacher(config: EvaluateConfig, name: str, student: StudentConfig, device: str) -> Model:
     """The teacher, run as it was recorded for the student: at the same noise levels, guidance and sizes."""
     revision = student.revision if config.teacher is None else None
     model = load_model(name, getattr(torch, config.dtype), device, config.acceleration, revision)
-    if model.student is not None:
-        raise UserError(f"{name} is a student, not a teacher; give it with --also")
     if student.teacher_scheduler is not None:
         model = with_scheduler(model, student.teacher_scheduler)
     sizes = {name: getattr(student, name) for name in ("height", "width", "num_frames")}
@@ -228,7 +329,7 @@ def choose_clips(task: Task, data: Mapping[str, RowData]) -> tuple[list[ShownCli
         wrong = {}
         if task.is_judged:
             wrong = {name: [one for one in PROPERTIES if not data[name].values[one][index]] for name in names}
-        frames = {name: data[name].frames[index] for name in names}
+        frames = {name: data[name].frames(index) for name in names}
         return ShownClip(index, task.prompts[index].text, frames, wrong)
 
     shown = [clip(index, list(data)) for index in range(min(NUM_SHOWN, len(task.prompts)))]

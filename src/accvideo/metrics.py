@@ -99,6 +99,36 @@ def flicker(clips: Clips) -> PerSample:
     return second_difference.abs().flatten(1).mean(1)
 
 
+def motion_energy(clips: Float[Tensor, "batch frames height width 3"]) -> PerSample:
+    """Mean squared difference of neighboring frames of each clip.
+
+    The energy of the difference of two clips, over that of one of them, says how far the other moves differently: 0 is
+    the same motion, whatever the clips look like; 1 is what a still clip has.
+    """
+    return clips.diff(dim=1).square().flatten(1).mean(1)
+
+
+def energy_ratio(rows: np.ndarray) -> float:
+    """Sum of the first column over that of the second: a ratio in which clips that hardly move have little say."""
+    return float(rows[:, 0].sum() / max(rows[:, 1].sum(), 1e-12))
+
+
+def frechet_distance(features: Float[Tensor, "clips width"], references: Float[Tensor, "others width"]) -> float:
+    """Squared Frechet distance of the Gaussians with the mean and covariance of two samples.
+
+    Dowson and Landau 1982, J. Multivar. Anal. 12, 450-455; of the features of a video network it is FVD (Unterthiner et
+    al. 2018, arXiv:1812.01717).
+    """
+    means, covariances = [], []
+    for sample in (features.double(), references.double()):
+        means.append(sample.mean(0))
+        covariances.append((sample - means[-1]).T @ (sample - means[-1]) / len(sample))
+    values, vectors = torch.linalg.eigh(covariances[0])
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    mixed = torch.linalg.eigvalsh(root @ covariances[1] @ root).clamp(min=0).sqrt().sum()
+    return float((means[0] - means[1]).square().sum() + covariances[0].trace() + covariances[1].trace() - 2 * mixed)
+
+
 def latent_mse(latents: Latents, references: Latents) -> PerSample:
     """Mean squared difference of each sample's latents."""
     return (latents.float() - references.float()).square().flatten(1).mean(1)

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from accvideo.reporting.charts import Curves, binned, legend, line_chart, quality_chart
+from accvideo.reporting.vbench import vbench_section, vbench_sentence
 from accvideo.reporting.wording import (
     METRICS,
     Row,
@@ -72,6 +73,7 @@ def write_report(
         tiles(report),
         clips_section(rows, clips, fps),
         quality_section(rows),
+        vbench_section(report),
         seconds_section(rows),
         training_section(training_log),
         failures_section(rows, failures),
@@ -115,7 +117,8 @@ def headline(report: Mapping[str, Any]) -> str:
     names = f"{escape(str(report['student']))} distilled from {escape(str(report['teacher']))}"
     return (
         f'<p class="kicker"><b>accvideo</b> · {names}</p>\n<h1>{escape(title(report))}</h1>\n'
-        f'<p class="lead">{result} All rows start from the same {report["num_prompts"]} prompts and the same noise.</p>'
+        f'<p class="lead">{result} All rows start from the same {report["num_prompts"]} prompts and the same noise.'
+        f"{vbench_sentence(report)}</p>"
     )
 
 

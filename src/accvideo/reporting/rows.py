@@ -26,20 +26,28 @@ from accvideo.metrics import (
     Estimate,
     bootstrap_interval,
     deviation_interval,
+    energy_ratio,
     flicker,
+    frechet_distance,
     latent_mse,
+    motion_energy,
     psnr,
     wilson_interval,
 )
 from accvideo.playground.judge import Verdicts, diversity_distance, judge
 from accvideo.playground.world import Requests, Scenes
+from accvideo.reporting.fvd import VideoFeatures
 from accvideo.trajectory import write_whole
+from accvideo.video import Frames
 
 PROPERTIES = ("shape", "color", "background", "motion", "count")
 """What the judge looks at."""
 
 FIRST_ITEM = 1_000_000
 """Number of the first item of an evaluation. Recordings count from 0: no student has been trained on this noise."""
+
+MEASURES = 2
+"""Raised when a batch's file holds other measurements than before: older files are then not gone on with."""
 
 NUM_SHOWN = 10
 """Prompts whose clips are shown side by side."""
@@ -66,6 +74,8 @@ class Task:
     is_judged: bool
     cache: Path
     acceleration: Acceleration = PLAIN
+    features: VideoFeatures | None = None
+    """Of FVD; None: it is not measured."""
 
     def batches(self) -> list[range]:
         """Numbers of the prompts of each batch."""
@@ -77,13 +87,19 @@ class RowData:
     """What was made and measured for a row."""
 
     values: dict[str, Tensor]
-    """One value a clip: `latent_mse` and the like, and the judge's verdicts by the names of `flatten_verdicts`."""
-    frames: dict[int, Tensor]
-    """The clips that were kept, by number of the prompt."""
+    """One row a clip: `latent_mse` and the like, and the judge's verdicts by the names of `flatten_verdicts`."""
+    kept: dict[int, tuple[Path, int]]
+    """Where the clips lie that were kept, by number of the prompt: in which file, and which of those in it."""
     seconds: list[tuple[int, Seconds]]
     """Size and seconds of each batch."""
     denoiser_calls: int
     """For each clip."""
+
+    def frames(self, index: int) -> Frames:
+        """The frames of a clip that was kept."""
+        path, row = self.kept[index]
+        with safe_open(path, "pt") as file:
+            return file.get_slice("frames")[row]
 
 
 def row_key(model: Model, plan: Plan, task: Task, teacher_key: str | None) -> str:
@@ -100,6 +116,8 @@ def row_key(model: Model, plan: Plan, task: Task, teacher_key: str | None) -> st
         "acceleration": asdict(task.acceleration),
         "is_judged": task.is_judged,
         "teacher": teacher_key,
+        "measures": MEASURES,
+        "features": None if task.features is None else task.features.identity,
         "version": version("accvideo"),
     }
     return digest(json.dumps(settings, sort_keys=True).encode())[:16]
@@ -165,6 +183,8 @@ def write_batch(path: Path, task: Task, batch: range, clips: ClipBatch, teacher:
         verdicts = judge(clips.frames, [task.prompts[i].text for i in batch])
         # The judge's flicker leaves out the motion that it recognized.
         values = {**flatten_verdicts(verdicts), "flicker": verdicts.flicker}
+    if task.features is not None:
+        values["features"] = task.features(clips.frames)
     kept = torch.tensor([i < NUM_SHOWN for i in batch])
     tensors = {}
     if teacher is None:
@@ -174,7 +194,12 @@ def write_batch(path: Path, task: Task, batch: range, clips: ClipBatch, teacher:
     else:
         with safe_open(teacher, "pt") as reference:
             values["latent_mse"] = latent_mse(clips.latents, reference.get_tensor("latents"))
-            values["teacher_psnr_db"] = psnr(clips.frames, reference.get_tensor("frames"))
+            frames = reference.get_tensor("frames")
+            values["teacher_psnr_db"] = psnr(clips.frames, frames)
+            moved = motion_energy(clips.frames.float() - frames.float()), motion_energy(frames.float())
+            values["moved"] = torch.stack(moved, dim=1)
+            if task.features is not None:
+                values["teacher_features"] = reference.get_tensor("values.features")
         if keep_wrong and task.is_judged:
             kept |= ~values["all_right"]
     tensors |= {f"values.{name}": value for name, value in values.items()}
@@ -187,18 +212,18 @@ def write_batch(path: Path, task: Task, batch: range, clips: ClipBatch, teacher:
 def read_row(paths: Sequence[Path]) -> RowData:
     """What the files of a row's batches hold."""
     values: dict[str, list[Tensor]] = {}
-    frames: dict[int, Tensor] = {}
+    kept: dict[int, tuple[Path, int]] = {}
     seconds, denoiser_calls = [], 0
     for path in paths:
         with safe_open(path, "pt") as file:
             names = [name for name in file.keys() if name.startswith("values.")]  # noqa: SIM118 - no mapping
             for name in names:
                 values.setdefault(name.removeprefix("values."), []).append(file.get_tensor(name))
-            frames |= dict(zip(file.get_tensor("kept").tolist(), file.get_tensor("frames"), strict=True))
+            kept |= {index: (path, row) for row, index in enumerate(file.get_tensor("kept").tolist())}
             measured = json.loads(file.metadata()["measured"])
         seconds.append((len(values["flicker"][-1]), Seconds(**measured["seconds"])))
         denoiser_calls = measured["denoiser_calls"]
-    return RowData({name: torch.cat(parts) for name, parts in values.items()}, frames, seconds, denoiser_calls)
+    return RowData({name: torch.cat(parts) for name, parts in values.items()}, kept, seconds, denoiser_calls)
 
 
 def make_row(model: Model, plan: Plan, task: Task, data: RowData) -> dict[str, Any]:
@@ -230,7 +255,12 @@ def row_metrics(values: Mapping[str, Tensor], is_judged: bool) -> dict[str, Esti
     }
     for name in ("rerender_psnr_db", "flicker", "latent_mse", "teacher_psnr_db"):
         metrics[name] = bootstrap_interval(values[name].double().numpy()) if name in values else None
-    metrics["diversity_distance"] = None
+    metrics["motion_error"] = metrics["fvd"] = metrics["diversity_distance"] = None
+    if "moved" in values:
+        metrics["motion_error"] = bootstrap_interval(values["moved"].double().numpy(), energy_ratio)
+    if "teacher_features" in values:
+        ours, theirs = values["features"], values["teacher_features"]
+        metrics["fvd"] = deviation_interval(len(ours), lambda rows: frechet_distance(ours[rows], theirs[rows]))
     if is_judged:
 
         def distance(rows: np.ndarray) -> float:

@@ -19,6 +19,8 @@ METRICS = {
     "flicker": ("Flicker", "levels of 255: mean second difference in time"),
     "latent_mse": ("Latent error", "mean squared distance to the teacher's own result"),
     "teacher_psnr_db": ("PSNR to the teacher's clip", "dB"),
+    "motion_error": ("Motion error", "of the teacher's motion energy; a still clip has 1"),
+    "fvd": ("FVD to the teacher's clips", "I3D features; lower is better"),
 }
 """Title and unit of each metric, in the order of the table."""
 
