@@ -374,6 +374,7 @@ class StudentConfig:
     teacher_guidance_scale: float | None
     """None: the pipeline's own default."""
     teacher_num_steps: int
+    """Of the teacher's own clips, by `teacher_scheduler`, that the student is compared with."""
     height: int | None
     width: int | None
     num_frames: int | None
@@ -389,6 +390,10 @@ class StudentConfig:
     teacher_scheduler: dict[str, Any] | None = None
     """That the teacher was recorded with, "class" and "config"; its folder may hold another shift. None: not kept by
     the version that made this student."""
+    solver: str = "own"
+    """What took the recorded steps over that scheduler's noise levels: itself, or another solver."""
+    recorded_num_steps: int | None = None
+    """Of the recorded trajectories; None: `teacher_num_steps`."""
 
 
 def student_config(
@@ -417,7 +422,7 @@ def student_config(
         timesteps=timesteps,
         guidance_scale=guidance_scale,
         teacher_guidance_scale=manifest.guidance_scale,
-        teacher_num_steps=manifest.num_steps,
+        teacher_num_steps=manifest.teacher_num_steps or manifest.num_steps,
         height=manifest.height,
         width=manifest.width,
         num_frames=manifest.num_frames,
@@ -427,6 +432,8 @@ def student_config(
         scheduler={"class": type(scheduler).__name__, "config": plain},
         recipe=recipe,
         teacher_scheduler=manifest.scheduler,
+        solver=manifest.solver,
+        recorded_num_steps=manifest.num_steps,
     )
 
 

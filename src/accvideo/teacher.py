@@ -141,6 +141,7 @@ class WatchedStep:
     """One denoising step: the states around it and the conditional call that led it."""
 
     state: Latents
+    """As the solver knows it once it has the velocity: a solver of second order may have corrected it."""
     next_state: Latents
     velocity: Latents
     """The model output, after guidance, given to the scheduler; float32, as the states."""
@@ -204,8 +205,8 @@ def watch(
         velocity, sample = bound["model_output"], bound["sample"]
         if bound.get("per_token_timesteps") is not None:
             raise UserError(f"{type(pipeline).__name__} steps each token from a noise level of its own; {SUPPORTED}")
-        kept = keep is None or seen.num_steps in keep
-        state = sample.detach().float().clone() if kept or seen.num_steps == 0 else None
+        first, kept = seen.num_steps == 0, keep is None or seen.num_steps in keep
+        state = sample.detach().float().clone()
         output = original_step(*args, **kwargs)
         next_sample = own_sample = output[0] if isinstance(output, tuple) else output.prev_sample
 
@@ -214,7 +215,7 @@ def watch(
         index = scheduler.step_index - 1  # the step has just raised it
         if not seen.sigmas:
             seen.sigmas = scheduler.sigmas.tolist()
-        if seen.num_steps == 0 and index > 0:
+        if first and index > 0:
             raise UserError(
                 f"{type(pipeline).__name__} starts at noise level {seen.sigmas[index]:.4g}, from a noised video: "
                 "a student starts from noise\nCall it with strength 1"
@@ -226,15 +227,16 @@ def watch(
             )
         sigma, next_sigma = seen.sigmas[index], seen.sigmas[index + 1]
         if solve is not None:
-            next_sample = solve(sample.float(), velocity.float(), sigma, next_sigma).to(own_sample.dtype)
+            state, following = solve(state, velocity.detach().float(), sigma, next_sigma)
+            next_sample = following.to(own_sample.dtype)
             output = (next_sample,) if isinstance(output, tuple) else type(output)(prev_sample=next_sample)
         name, arguments = calls[0]  # guidance by two calls: the first is the conditional one
-        if state is not None:
+        if kept or first:
             call, part = capture_call(arguments, sample, shared)
             following = next_sample.detach().float().clone()
             own = velocity.detach().float().clone()[part]
             step = WatchedStep(state[part], following[part], own, sigma, next_sigma, name, call)
-            if seen.num_steps == 0:
+            if first:
                 check_rule(pipeline, replace(step, next_state=own_sample.detach().float()[part]), own_sample.dtype)
             if kept:
                 seen.steps.append(step)

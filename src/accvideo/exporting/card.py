@@ -77,11 +77,12 @@ def model_card(
         for values, digits in ((config.sigmas, 6), (config.timesteps, 2))
     )
     warning = license_warning(config)
+    solver = "" if config.solver == "own" else f" of {config.solver}"
     sections = [
         f"---\n{card_header(config, lora)}\n---",
         f"# {config.num_steps}-step student of {teacher}",
         f"{what} for a `{config.pipeline_class}`, distilled from the teacher's recorded denoising trajectories "
-        f"({config.teacher_num_steps} steps, guidance {guidance}) by the method of AccVideo "
+        f"({config.recorded_num_steps or config.teacher_num_steps} steps{solver}, guidance {guidance}) by the method of AccVideo "
         f"([arXiv:2503.19462](https://arxiv.org/abs/2503.19462)). "
         f"It takes {config.num_steps} denoiser calls a video{size}.",
         f"## How to run it\n\n{usage}",

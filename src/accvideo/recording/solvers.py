@@ -11,33 +11,45 @@ Solver = Literal["own", "euler", "adams2"]
 
 SOLVERS: tuple[Solver, ...] = get_args(Solver)
 
-Step = Callable[[Latents, Latents, float, float], Latents]
-"""The next state, from a state, its velocity, its noise level and the next; called for all steps of a run in order."""
+Step = Callable[[Latents, Latents, float, float], tuple[Latents, Latents]]
+"""From a state, its velocity, its noise level and the next one: the state, better known by now, and the next one.
+
+It is called for all steps of a run in order."""
+
+
+def plain_step(latents: Latents, velocity: Latents, sigma: float, next_sigma: float) -> tuple[Latents, Latents]:
+    """The state as it is, and one Euler step on."""
+    return latents, euler_step(latents, velocity, sigma, next_sigma)
 
 
 class AdamsStep:
-    """Steps of the two-step Adams-Bashforth method: second order with one velocity a step, whatever the levels.
+    """Steps of the Adams-Bashforth-Moulton method of second order: one velocity a step, on any noise levels.
 
-    An Euler step along the velocity in the middle of the step, as a straight line through this and the last velocity
-    has it (Hairer, Nørsett & Wanner 1993, Solving Ordinary Differential Equations I, section III.5). The first step is
-    Euler's. Unlike solvers in the logarithm of the signal-to-noise ratio (DPM-Solver++, arXiv:2211.01095; UniPC,
-    arXiv:2302.04867), for which the first and the last of evenly spaced levels are far apart, it needs no special case
-    at noise or at video, and works where sigmas run the other way.
+    A step goes along the velocity in its middle, as a straight line through this and the last velocity has it. Once
+    the velocity at its end is known, that state is corrected to where the mean of both ends would have led, and the
+    next step starts there; the velocity is not asked for again (Hairer, Nørsett & Wanner 1993, Solving Ordinary
+    Differential Equations I, sections III.1 and III.5: PEC mode, variable steps). The first step is Euler's.
+
+    Solvers in the logarithm of the signal-to-noise ratio (DPM-Solver++, arXiv:2211.01095; UniPC, arXiv:2302.04867)
+    find the first and the last of evenly spaced levels far apart. In sigma there is no special case at noise or at
+    video, and it may run either way.
     """
 
     def __init__(self) -> None:
-        self.last: tuple[Latents, float] | None = None
+        self.last: tuple[Latents, Latents, float] | None = None
 
-    def __call__(self, latents: Latents, velocity: Latents, sigma: float, next_sigma: float) -> Latents:
-        """The next state; all in float32."""
+    def __call__(self, latents: Latents, velocity: Latents, sigma: float, next_sigma: float) -> tuple[Latents, Latents]:
+        """The state, corrected, and the next one; all in float32."""
         middle = velocity
         if self.last is not None:
-            last_velocity, last_sigma = self.last
+            last_middle, last_velocity, last_sigma = self.last
+            # What the pipeline has changed in the state since, such as frames that it is given, stays.
+            latents = euler_step(latents, (last_velocity + velocity) / 2 - last_middle, last_sigma, sigma)
             middle = velocity + (next_sigma - sigma) / 2 * (velocity - last_velocity) / (sigma - last_sigma)
-        self.last = (velocity, sigma)
-        return euler_step(latents, middle, sigma, next_sigma)
+        self.last = (middle, velocity, sigma)
+        return latents, euler_step(latents, middle, sigma, next_sigma)
 
 
 def solver_step(solver: Solver) -> Step | None:
     """What takes the steps of one run in place of the scheduler; None for its own."""
-    return {"own": None, "euler": euler_step, "adams2": AdamsStep()}[solver]
+    return {"own": None, "euler": plain_step, "adams2": AdamsStep()}[solver]
