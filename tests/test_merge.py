@@ -92,10 +92,13 @@ def test_a_damaged_part_leaves_nothing(parts, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
 
 
-def test_the_same_recording_twice_is_named_by_verify(parts, tmp_path):
-    merged([parts[1], parts[1]], tmp_path / "out")
-    found = problems(tmp_path / "out")
-    assert len(found) == 2 and "000002.safetensors: has the noise and the prompt of 000000" in found[0]
+def test_the_same_recording_twice_is_refused(parts, tmp_path):
+    """Packed or not: its noises and prompts would count twice."""
+    pack(PackConfig(data=str(parts[1]), out=tmp_path / "packed"))
+    for twice in (parts[1], tmp_path / "packed"):
+        with pytest.raises(UserError, match="b/000000.* and .*000000.* have the same noise and prompt"):
+            merged([parts[0], parts[1], twice], tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
 
 def test_two_or_more_are_needed(tmp_path):

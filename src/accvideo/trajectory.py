@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count, takewhile
 from pathlib import Path
@@ -74,11 +74,16 @@ def trajectory_name(index: int) -> str:
 
 
 def write_whole(path: Path, data: bytes, writer: str = "") -> None:
+    """Writes a file whole or not at all; see `write_pieces`."""
+    write_pieces(path, (data,), writer)
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes], writer: str = "") -> None:
     """Writes a file under a hidden name to the disk, then renames it; leaves nothing behind when interrupted.
 
     Args:
         path: of the file.
-        data: all of it.
+        pieces: of it, in order.
         writer: tells apart those who may write this file at the same time.
 
     Raises:
@@ -87,7 +92,7 @@ def write_whole(path: Path, data: bytes, writer: str = "") -> None:
     partial = path.with_name(f".{path.name}{writer}.tmp")
     try:
         with partial.open("wb") as file:
-            file.write(data)
+            file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())  # else a machine that dies may leave the new name with nothing in it
         os.replace(partial, path)

@@ -10,6 +10,7 @@ from tyro.conf import Positional
 from accvideo.command import progress_bar, shorten
 from accvideo.data.dataset import NUM_AHEAD, Source, ahead, open_source
 from accvideo.data.manifest import MANIFEST, Manifest
+from accvideo.data.verify import facts
 from accvideo.folder import whole_folder
 from accvideo.trajectory import Trajectory, encode_trajectory, trajectory_name
 from accvideo.types import UserError
@@ -36,7 +37,7 @@ def merge(config: MergeConfig) -> dict[str, Any]:
     """Write the trajectories of all data sets to one folder, in order, each with its own seed.
 
     Raises:
-        UserError: teachers, schedules or other settings differ; a trajectory is missing or damaged.
+        UserError: teachers, schedules or other settings differ; a trajectory is missing, damaged or there twice.
     """
     sources = [open_source(address) for address in config.data]
     manifest = merged(config.data, [source.manifest for source in sources])
@@ -46,9 +47,17 @@ def merge(config: MergeConfig) -> dict[str, Any]:
         index, (source, number) = item
         return replace(source.read(number), index=index)
 
+    seen: dict[bytes, int] = {}
     with whole_folder(config.out) as folder, progress_bar() as progress:
         trajectories = ahead(read, enumerate(items), NUM_AHEAD)
         for trajectory in progress.track(trajectories, total=len(items), description="merging"):
+            index = trajectory.index
+            if (twin := seen.setdefault(facts(trajectory).content, index)) != index:
+                (one, first), (other, second) = items[twin], items[index]
+                raise UserError(
+                    f"{one.where(first)} and {other.where(second)} have the same noise and prompt\n"
+                    "Leave one of the data sets out, or record it with another --seed"
+                )
             (folder / trajectory_name(trajectory.index)).write_bytes(encode_trajectory(trajectory))
         (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
     return {"folder": str(config.out), "num_trajectories": len(items)}

@@ -140,12 +140,12 @@ def read_member(storage: Storage, index: ShardIndex, number: int) -> bytes:
     return content
 
 
-def bad_ends(storage: Storage, index: ShardIndex) -> Iterator[str]:
-    """One line for each archive that does not end as it should."""
+def bad_ends(storage: Storage, index: ShardIndex) -> Iterator[tuple[int, str]]:
+    """Each archive that does not end as it should, and a line that says so."""
     for shard, starts in enumerate(index.starts):
         try:
             end = storage.read(shard_name(shard), starts[-1], len(end_of(starts[-1])) + 1)
             if end != end_of(starts[-1]):
-                yield f"{storage.address}/{shard_name(shard)}: changed after its last trajectory, or truncated"
+                yield shard, f"{storage.address}/{shard_name(shard)}: changed after its last trajectory, or truncated"
         except UserError as error:
-            yield str(error)
+            yield shard, str(error)

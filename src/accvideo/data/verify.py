@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,8 @@ class Problem:
     """One line that names it."""
     indices: tuple[int, ...] = ()
     """The trajectories to record again."""
+    shard: int | None = None
+    """The archive that is to be written again, where no trajectory in it is bad."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +51,32 @@ class Facts:
     """What is kept of a whole trajectory while the others are checked."""
 
     shape: tuple[int, ...]
+    asked: bytes
+    """See `asked`."""
     content: bytes
-    """Digest of noise, prompt and arguments: no two trajectories have the same."""
+    """Digest of what was asked and the noise: no two trajectories have the same."""
     finite: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that was found in a data set."""
+
+    problems: list[Problem]
+    facts: dict[int, Facts]
+    """Of the trajectories whose files are whole."""
+
+
+def asked(prompt: str, arguments: Mapping[str, Any], media: Mapping[str, Any]) -> bytes:
+    """Digest of all that is a trajectory's own in the call of the pipeline, but for the noise."""
+    return hashlib.sha256(json.dumps([prompt, arguments, media], sort_keys=True).encode()).digest()
 
 
 def facts(trajectory: Trajectory) -> Facts:
     """What the check of the others needs to know."""
-    states = trajectory.states
-    asked = json.dumps([trajectory.prompt, trajectory.arguments], sort_keys=True)
-    content = hashlib.sha256(asked.encode() + tensor_bytes(states[0])).digest()
-    return Facts(tuple(states.shape), content, bool(states.isfinite().all()))
+    states, own = trajectory.states, asked(trajectory.prompt, trajectory.arguments, trajectory.media)
+    content = hashlib.sha256(own + tensor_bytes(states[0])).digest()
+    return Facts(tuple(states.shape), own, content, bool(states.isfinite().all()))
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:
@@ -78,15 +95,25 @@ def examine(source: Source, number: int) -> Facts | str:
         return str(error)
 
 
-def check(source: Source) -> Iterator[Problem]:
-    """All that is wrong with a data set."""
+def check(source: Source) -> Report:
+    """Reads all of a data set."""
     numbers = range(source.manifest.num_trajectories)
-    whole: dict[int, Facts] = {}
+    report = Report([], {})
     for number, result in zip(numbers, ahead(lambda number: examine(source, number), numbers, NUM_AHEAD), strict=True):
         if isinstance(result, Facts):
-            whole[number] = result
+            report.facts[number] = result
         else:
-            yield Problem(result, (number,))
+            report.problems.append(Problem(result, (number,)))
+    report.problems.extend(among(report.facts, source))
+    if source.index is not None:
+        report.problems.extend(Problem(text, shard=shard) for shard, text in bad_ends(source.storage, source.index))
+    address = source.storage.address
+    report.problems.extend(Problem(f"{address}/{name}: does not belong to the data set") for name in strays(source)[0])
+    return report
+
+
+def among(whole: Mapping[int, Facts], source: Source) -> Iterator[Problem]:
+    """What is wrong with files that are whole, seen beside the others."""
     common = Counter(each.shape for each in whole.values()).most_common(1)
     seen: dict[bytes, int] = {}
     for number, each in whole.items():
@@ -101,10 +128,6 @@ def check(source: Source) -> Iterator[Problem]:
             text = f"{where}: has the noise and the prompt of {trajectory_name(first)}"
             yield Problem(text, (first, number))
         seen.setdefault(each.content, number)
-    if source.index is not None:
-        yield from map(Problem, bad_ends(source.storage, source.index))
-    for name in strays(source)[0]:
-        yield Problem(f"{source.storage.address}/{name}: does not belong to the data set")
 
 
 def strays(source: Source) -> tuple[list[str], list[str]]:
@@ -131,7 +154,7 @@ def strays(source: Source) -> tuple[list[str], list[str]]:
 def problems(address: Path | str) -> list[str]:
     """All that is wrong with a data set, one line a problem, each naming its file; empty when it is whole."""
     try:
-        return [problem.text for problem in check(open_source(address))]
+        return [problem.text for problem in check(open_source(address)).problems]
     except UserError as error:
         return [str(error)]
 
@@ -140,7 +163,7 @@ def verify(config: VerifyConfig) -> dict[str, Any]:
     """Name every bad file on stderr; the summary lists them too."""
     try:
         source = open_source(config.data)
-        found, recorders = [problem.text for problem in check(source)], strays(source)[1]
+        found, recorders = [problem.text for problem in check(source).problems], strays(source)[1]
     except UserError as error:
         found, recorders = [str(error)], []
     for problem in found:
