@@ -10,7 +10,6 @@ import torch
 from accvideo.analysis.grids import (
     best_grid,
     best_shift,
-    even_grid,
     grid_cost,
     secant_costs,
     shifted_grid,
@@ -21,7 +20,7 @@ from accvideo.data.dataset import TrajectoryFolder
 from accvideo.data.manifest import read_manifest
 from accvideo.data.verify import problems
 from accvideo.distill import distill
-from accvideo.flow import keypoint_indices, shifted_sigmas
+from accvideo.flow import even_grid, keypoint_indices, shifted_sigmas
 from accvideo.student import read_student_config
 from accvideo.training.recipe import DistillConfig
 from accvideo.types import UserError

@@ -26,7 +26,7 @@ from accvideo.student import Student, load_student
 from accvideo.training.checkpoint import read_metrics
 from accvideo.training.recipe import PRESETS, DistillConfig, claim_folder
 from accvideo.training.start import load_denoisers, start_training
-from accvideo.training.steps import Rollouts, Training, accumulate, frozen, gradient, update
+from accvideo.training.steps import Rollouts, Step, Training, accumulate, frozen, gradient, update
 from accvideo.trajectory import TrajectoryBatch
 from accvideo.types import UserError
 from tests.recorded import record_tiny
@@ -158,7 +158,7 @@ def test_a_loss_leaves_the_gradients_of_frozen_heads_alone():
     assert isinstance(training.discriminator, Discriminator)
     batch, rollouts = toy_batch(0), Rollouts(2, seed=0)
     rollouts.start([batch], number=0)
-    fake = rollouts.advance(training.student, torch.tensor([1.0, 0.6, 0.0]), 0)
+    fake = rollouts.advance(training.student, torch.tensor([1.0, 0.6, 0.0]), Step(0, 1))
     features = training.discriminator.features(fake.latents, batch, 0)
     with frozen(training.discriminator):
         logits = training.discriminator.logits(features, 0)
@@ -349,7 +349,7 @@ def metrics_of(out: Path) -> list[dict[str, Any]]:
     "settings",
     [
         {"update": "alternating", "ema_decay": 0.8},
-        {"update": "joint", "full": True, "keep_best": True, "shared_head": True, "schedule": "cosine"},
+        {"update": "joint", "full": True, "keep_best": True, "shared_head": True, "num_student_steps": (3, 1)},
     ],
 )
 def test_a_killed_run_goes_on_to_the_very_same_student(

@@ -34,6 +34,7 @@ from accvideo.training.recipe import PLACES, DistillConfig, claim_folder, resolv
 from accvideo.training.start import load_denoisers, start_training
 from accvideo.training.steps import (
     Batches,
+    Sweep,
     Training,
     accumulate,
     add_means,
@@ -44,8 +45,10 @@ from accvideo.training.steps import (
     rejoining_loss,
     restore,
     set_weights,
+    step_of_iteration,
     store,
     student_step,
+    student_sweeps,
     update,
     weights,
 )
@@ -82,26 +85,28 @@ def train(
     optimizer, head_optimizer = training.student_optimizer, training.head_optimizer
     adversarial = ADVERSARIAL_LOSSES[config.adversarial_loss]
     alternating, shared = config.update == "alternating", config.update == "shared"
+    sweeps = student_sweeps(len(sigmas) - 1, config.num_student_steps)
     clip = config.max_gradient_norm
     stream = batches(training.iteration)
     if held_out and training.iteration == 0:
-        log({"iteration": 0, "start": measure(training, held_out, sigmas)})
+        log({"iteration": 0, "start": measure(training, held_out, sigmas, sweeps)})
     while training.iteration < config.num_iterations and not out_of_patience(config, training):
         iteration, began = training.iteration, time.perf_counter()
-        keypoint = iteration % (len(sigmas) - 1)  # 0 starts at the noise, the last ends at the video
+        number, step = step_of_iteration(sweeps, iteration)  # of key points, 0 is the noise, the last the video
+        keypoint = step.end - 1  # as the heads count, one for each key point that a step can end at
         parts = list(islice(stream, config.accumulate))
         set_learning_rates(config, training)
 
-        if discriminator is not None and keypoint == 0 and iteration >= config.adversarial_start:
+        if discriminator is not None and step.start == 0 and iteration >= config.adversarial_start:
             rollouts.start(parts, iteration, fresh=not shared)
-        judged, line = bool(rollouts.queues[keypoint]), dict[str, Tensor]()
+        judged, line = bool(rollouts.queues[step.start]), dict[str, Tensor]()
         measured = partial(add_means, line, len(parts))
 
         # Teacher-forced: match the teacher's mean velocity between two stored states (Eq. 6).
         if not (judged and shared):
             with gradient(optimizer, line, "trajectory_gradient_norm"):
                 for part in parts:
-                    loss = paired_loss(student, part, sigmas, keypoint).mean()
+                    loss = paired_loss(student, part, sigmas, step).mean()
                     accumulate(loss / len(parts))
                     measured(trajectory_loss=loss)
         if alternating or not judged:
@@ -113,19 +118,20 @@ def train(
             norm = "gradient_norm" if shared else "adversarial_gradient_norm"
             with gradient(optimizer, line, norm), gradient(head_optimizer, line, "head_gradient_norm"):
                 for _ in parts:
-                    rollout = rollouts.advance(student, sigmas, keypoint)
+                    rollout = rollouts.advance(student, sigmas, step)
                     fake_features = discriminator.features(rollout.latents, rollout.batch, keypoint)
                     with frozen(discriminator):
-                        generator_loss = adversarial.generator(discriminator.logits(fake_features, keypoint)).mean()
+                        fake_logits = discriminator.logits(fake_features, keypoint)
+                        generator_loss = adversarial.generator(fake_logits).mean()
                     loss = config.adversarial_weight * generator_loss
                     if shared:
-                        rejoining = rejoining_loss(rollout, sigmas, keypoint).mean()
+                        rejoining = rejoining_loss(rollout, sigmas, step).mean()
                         loss = loss + rejoining
                         measured(trajectory_loss=rejoining)
                     accumulate(loss / len(parts))
 
                     with torch.no_grad():
-                        real_latents = rollout.batch.states[:, keypoint + 1]
+                        real_latents = rollout.batch.states[:, step.end]
                         real_features = discriminator.features(real_latents, rollout.batch, keypoint)
                     features = torch.cat([real_features, fake_features.detach()])
                     real_logits, fake_logits = discriminator.logits(features, keypoint).chunk(2)
@@ -138,7 +144,7 @@ def train(
         move_average(config.ema_decay, training)
         values = mean(line)
         count_skipped(config, training, values)
-        log({"iteration": iteration, "keypoint": keypoint} | values | {"seconds": time.perf_counter() - began})
+        log({"iteration": iteration, "keypoint": number} | values | {"seconds": time.perf_counter() - began})
 
         training.iteration += 1
         last = training.iteration == config.num_iterations
@@ -191,7 +197,7 @@ def validate(
     config: DistillConfig, training: Training, held_out: Sequence[TrajectoryBatch], sigmas: Sigmas
 ) -> dict[str, Any]:
     """Measure the student on trajectories it is not trained on, and remember it if it is the best so far."""
-    result = measure(training, held_out, sigmas)
+    result = measure(training, held_out, sigmas, student_sweeps(len(sigmas) - 1, config.num_student_steps))
     error = result["latent_error"]
     training.num_since_best += 1
     if training.best_error is None or error < training.best_error:
@@ -203,21 +209,26 @@ def validate(
 
 
 @torch.no_grad()
-def measure(training: Training, held_out: Sequence[TrajectoryBatch], sigmas: Sigmas) -> dict[str, Any]:
+def measure(
+    training: Training, held_out: Sequence[TrajectoryBatch], sigmas: Sigmas, sweeps: Sequence[Sweep]
+) -> dict[str, Any]:
     """What is known of the student from held-out trajectories.
 
-    The result has the trajectory loss by key point ("validation_loss"), the mean squared distance between the
-    student's video latents and the teacher's from the same noise ("latent_error"), and `health.sample_health` of them.
+    The result has the trajectory loss of each step of all sweeps ("validation_loss"), the mean squared distance between
+    the student's video latents and the teacher's from the same noise ("latent_error"; of several sweeps, their mean),
+    and `health.sample_health` of them (of the last sweep).
     """
-    student, num_steps = training.student, len(sigmas) - 1
-    losses, errors, samples = torch.zeros(num_steps), torch.zeros(()), []
+    student = training.student
+    losses, errors, samples = torch.zeros(sum(map(len, sweeps))), torch.zeros(()), []
     with weights(student, training.average):
         for batch in held_out:
-            latents = batch.states[:, 0]
-            for keypoint in range(num_steps):
-                losses[keypoint] += paired_loss(student, batch, sigmas, keypoint).sum().cpu()
-                latents = student_step(student, batch, latents, sigmas, keypoint)
-            errors += trajectory_loss(latents, batch.states[:, -1]).sum().cpu()
+            number, latents = 0, batch.states[:, 0]
+            for sweep in sweeps:
+                latents = batch.states[:, 0]
+                for step in sweep:
+                    losses[number] += paired_loss(student, batch, sigmas, step).sum().cpu()
+                    latents, number = student_step(student, batch, latents, sigmas, step), number + 1
+                errors += trajectory_loss(latents, batch.states[:, -1]).sum().cpu() / len(sweeps)
             samples.append(latents)
     *losses, error = (total(torch.cat([losses, errors[None]])) / (num_ranks() * sum(map(len, samples)))).tolist()
     health = sample_health(gather(torch.cat(samples)), gather(torch.cat([batch.states[:, -1] for batch in held_out])))
@@ -255,6 +266,7 @@ def distill_together(config: DistillConfig) -> dict[str, Any]:
     if config.quantization is not None:
         quantization_config(config.quantization)
     part_size = rows_of_part(config)
+    num_steps = sum(map(len, student_sweeps(manifest.num_student_steps, config.num_student_steps)))
     if rank() == 0:
         claim_folder(config, manifest)
     metrics_path = config.out / "metrics.jsonl"
@@ -283,7 +295,7 @@ def distill_together(config: DistillConfig) -> dict[str, Any]:
     training = start_training(config, denoisers, sigmas, next(batches(0)))
     with Checkpoints(config.out / "checkpoints") as checkpoints:
         restore(checkpoints.newest(), training, batches, config.accumulate)
-        with logged(config, training, sigmas, console) as log:
+        with logged(config, training, num_steps, console) as log:
             save = partial(store, checkpoints, training, config.accumulate)
             train(config, training, sigmas, batches, held_out, log, save)
 
@@ -294,7 +306,7 @@ def distill_together(config: DistillConfig) -> dict[str, Any]:
     if rank() == 0:
         lora_rank = None if config.full else config.lora_rank
         recipe = {name: value for name, value in settings(config).items() if name not in PLACES}
-        made = student_config(manifest, next(batches(0)).calls, lora_rank, recipe)
+        made = student_config(manifest, next(batches(0)).calls, lora_rank, recipe, config.num_student_steps)
         save_student(config.out, training.student, made, last_validation(metrics_path))
     wait_for_all()
     seconds, last = time.perf_counter() - began, last_validation(metrics_path)

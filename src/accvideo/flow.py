@@ -28,6 +28,20 @@ def secant_velocity(latents: Latents, next_latents: Latents, sigma: float, next_
     return (next_latents.float() - latents.float()) / (next_sigma - sigma)
 
 
+def even_grid(num_steps: int, num_student_steps: int) -> list[int]:
+    """The K + 1 of the S + 1 states of a trajectory that lie as evenly as whole numbers allow.
+
+    Raises:
+        UserError: K is not from 1 to S.
+    """
+    if not 1 <= num_student_steps <= num_steps:
+        raise UserError(
+            f"{num_student_steps} student steps of {num_steps} recorded ones; choose from 1 to {num_steps}, "
+            "or record more states"
+        )
+    return [round(k * num_steps / num_student_steps) for k in range(num_student_steps + 1)]
+
+
 def keypoint_indices(num_steps: int, num_student_steps: int) -> list[int]:
     """The K + 1 of the S + 1 states of a trajectory that a student of K steps visits: every (S / K)-th.
 

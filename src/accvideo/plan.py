@@ -24,7 +24,7 @@ from accvideo.planning.networks import Network
 from accvideo.presets import Preset, find_preset, meta
 from accvideo.student import Student, adapted_layers
 from accvideo.training.recipe import paper
-from accvideo.training.steps import paired_loss, student_step
+from accvideo.training.steps import Step, paired_loss, student_step
 from accvideo.trajectory import TrajectoryBatch
 from accvideo.types import UserError
 
@@ -221,10 +221,10 @@ def training_cost(preset: Preset, *depths: int) -> Cost:
     loss, held = ADVERSARIAL_LOSSES["nonsaturating"], []
 
     def paired() -> None:
-        paired_loss(student, batch, sigmas, 0).mean().backward(inputs=trained)
+        paired_loss(student, batch, sigmas, Step(0, 1)).mean().backward(inputs=trained)
 
     def features() -> None:  # student's step and teacher's features, and back to the student's latents
-        latents = student_step(student, batch, states[:, 0], sigmas, 0)
+        latents = student_step(student, batch, states[:, 0], sigmas, Step(0, 1))
         logits = discriminator.logits(discriminator.features(latents, batch, 0), 0)
         held.append((latents, *torch.autograd.grad(loss.generator(logits).mean(), latents)))
 

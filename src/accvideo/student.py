@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from accvideo.call import DenoiserCall, denoiser_blocks, layer_features, replay
 from accvideo.data.manifest import Manifest
 from accvideo.exporting.card import model_card
-from accvideo.flow import euler_step
+from accvideo.flow import euler_step, even_grid
 from accvideo.inference.acceleration import Quantization, pipeline_quantization, quantization_config, stored_fingerprint
 from accvideo.teacher import denoisers, fingerprint, load_pipeline
 from accvideo.trajectory import write_whole
@@ -201,19 +201,26 @@ def checkpointed(arithmetic: Callable[[], AbstractContextManager[None]], block: 
 class KeyPointScheduler(SchedulerMixin, ConfigMixin):
     """Euler steps over a student's own noise levels, for pipelines whose scheduler cannot be made to visit them.
 
-    Whatever number of steps, sigmas or shift a pipeline asks for, these are the levels the student was trained at.
+    Whatever sigmas or shift a pipeline asks for, these are the levels the student was trained at.
 
     Args:
         sigmas: K + 1 noise levels, the last one is the video's.
         timesteps: what the denoiser is told at the first K of them.
         num_train_timesteps: the timestep of sigma 1; some pipelines read it.
+        others: of a student trained for several numbers of steps, "sigmas" and "timesteps" for each of the others.
     """
 
     order = 1
     init_noise_sigma = 1.0
 
     @register_to_config
-    def __init__(self, sigmas: list[float], timesteps: list[float], num_train_timesteps: int = 1000) -> None:
+    def __init__(
+        self,
+        sigmas: list[float],
+        timesteps: list[float],
+        num_train_timesteps: int = 1000,
+        others: Sequence[Mapping[str, list[float]]] = (),
+    ) -> None:
         self.set_timesteps()
 
     def set_timesteps(
@@ -228,15 +235,17 @@ class KeyPointScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             UserError: if another number of steps is asked for than the student has.
         """
-        settings: Any = self.config
-        num_steps = len(settings.timesteps)
+        own: Any = self.config
+        schedules = {len(each["timesteps"]): each for each in (own, *own.others)}
         asked = num_inference_steps if sigmas is None else len(sigmas)
-        if asked not in (None, num_steps):
-            raise UserError(f"{asked} steps asked of a student with {num_steps} steps; use {num_steps}")
-        self.sigmas = torch.tensor(settings.sigmas, dtype=torch.float32)
-        whole = all(float(timestep).is_integer() for timestep in settings.timesteps)
-        dtype = torch.int64 if whole else torch.float32
-        self.timesteps = torch.tensor(settings.timesteps, dtype=dtype, device=device)
+        num_steps = len(own.timesteps) if asked is None else asked
+        if num_steps not in schedules:
+            known = " or ".join(map(str, schedules))
+            raise UserError(f"{num_steps} steps asked of a student with {known} steps; use {known}")
+        timesteps = schedules[num_steps]["timesteps"]
+        self.sigmas = torch.tensor(schedules[num_steps]["sigmas"], dtype=torch.float32)
+        dtype = torch.int64 if all(float(timestep).is_integer() for timestep in timesteps) else torch.float32
+        self.timesteps = torch.tensor(timesteps, dtype=dtype, device=device)
         self.num_inference_steps = num_steps
         self.set_begin_index(0)
 
@@ -270,6 +279,16 @@ def scheduler_timestep(call: DenoiserCall, sigma: float) -> float:
     return told if abs(told - 1000 * sigma) < 1.5 else 1000 * sigma
 
 
+def told_timestep(start: Tensor, end: Tensor) -> Tensor:
+    """What a denoiser is told on a step where its own noise level does not say how far to go.
+
+    The timestep of the level it sets out from, moved on by the distance to that where the step ends. For a short step
+    this is what the teacher is told; shortcut models (Frans et al. 2024, arXiv:2410.12557) give step sizes an embedding
+    of their own, for which a teacher has no weights.
+    """
+    return (2 * start.double() - end.double()).to(start.dtype)
+
+
 def student_scheduler(manifest: Manifest, timesteps: list[float]) -> SchedulerMixin:
     """The scheduler that takes the student through its key points.
 
@@ -278,7 +297,8 @@ def student_scheduler(manifest: Manifest, timesteps: list[float]) -> SchedulerMi
     """
     sigmas = [float(sigma) for sigma in manifest.key_sigmas]
     name = manifest.scheduler["class"]
-    euler = name == FlowMatchEulerDiscreteScheduler.__name__
+    # One step visits one level: it has no spacing that a shift could give.
+    euler = name == FlowMatchEulerDiscreteScheduler.__name__ and len(timesteps) > 1
     if not manifest.nested_schedule and not (euler and has_own_grid(manifest)):
         return KeyPointScheduler(sigmas, timesteps)
     scheduler_class = getattr(diffusers, name)
@@ -394,19 +414,34 @@ class StudentConfig:
     """What took the recorded steps over that scheduler's noise levels: itself, or another solver."""
     recorded_num_steps: int | None = None
     """Of the recorded trajectories; None: `teacher_num_steps`."""
+    other_num_steps: list[int] = field(default_factory=list)
+    """Further numbers of steps that it was trained for; its scheduler knows their noise levels."""
 
 
 def student_config(
-    manifest: Manifest, calls: Sequence[DenoiserCall], lora_rank: int | None, recipe: dict[str, Any]
+    manifest: Manifest,
+    calls: Sequence[DenoiserCall],
+    lora_rank: int | None,
+    recipe: dict[str, Any],
+    num_student_steps: Sequence[int] = (),
 ) -> StudentConfig:
     """The configuration of a student of the recorded teacher.
 
     Args:
         manifest: of the data set.
-        calls: the K calls of any trajectory.
+        calls: of any trajectory, at all recorded key points.
         lora_rank: None for full weights.
         recipe: how the student was distilled.
+        num_student_steps: numbers of steps it was trained for, the usual one first; none: as recorded.
     """
+    if num_student_steps:
+        configs = []
+        for number in num_student_steps:
+            points = even_grid(manifest.num_student_steps, number)
+            keypoints = [manifest.keypoints[point] for point in points]
+            part = replace(manifest, keypoints=keypoints, num_student_steps=number)
+            configs.append(student_config(part, [calls[point] for point in points[:-1]], lora_rank, recipe))
+        return joined(configs, is_told=len(manifest.fingerprints) == 1)
     timesteps = [scheduler_timestep(*pair) for pair in zip(calls, manifest.key_sigmas.tolist(), strict=False)]
     guidance_scale, pipeline_args = unguided(manifest)
     scheduler: Any = student_scheduler(manifest, timesteps)
@@ -435,6 +470,35 @@ def student_config(
         solver=manifest.solver,
         recorded_num_steps=manifest.num_steps,
     )
+
+
+def joined(configs: Sequence[StudentConfig], is_told: bool) -> StudentConfig:
+    """The configuration of one student for all these numbers of steps, by itself that of the first.
+
+    Args:
+        configs: of each number of steps.
+        is_told: whether its denoiser is told how far steps go. With two denoisers it is not, for pipelines choose
+            between them by the timestep.
+    """
+    if len(configs) == 1:
+        return configs[0]
+    if is_told:
+        configs = [replace(each, timesteps=told_timesteps(each.sigmas, each.timesteps)) for each in configs]
+    first, *others = configs
+    schedules = [{"sigmas": each.sigmas, "timesteps": each.timesteps} for each in others]
+    scheduler: Any = KeyPointScheduler(first.sigmas, first.timesteps, others=schedules)
+    plain = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    return replace(
+        first,
+        scheduler={"class": KeyPointScheduler.__name__, "config": plain},
+        other_num_steps=[each.num_steps for each in others],
+    )
+
+
+def told_timesteps(sigmas: Sequence[float], timesteps: Sequence[float]) -> list[float]:
+    """What a scheduler tells a denoiser that is told how far steps go, from the timesteps of their starts."""
+    ends = torch.tensor([*timesteps, timesteps[-1] * sigmas[-1] / sigmas[-2]], dtype=torch.float64)
+    return told_timestep(ends[:-1], ends[1:]).tolist()
 
 
 def unguided(manifest: Manifest) -> tuple[float | None, dict[str, Any]]:

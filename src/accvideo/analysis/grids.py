@@ -69,11 +69,6 @@ def best_grid(costs: Costs, num_student_steps: int) -> list[int]:
     return [0, *reversed(keypoints)]
 
 
-def even_grid(num_steps: int, num_student_steps: int) -> list[int]:
-    """Key points as evenly spaced among the teacher's levels as whole numbers allow."""
-    return [round(k * num_steps / num_student_steps) for k in range(num_student_steps + 1)]
-
-
 @dataclass(frozen=True)
 class ShiftedGrid:
     """Key points near even steps on a shifted grid."""

@@ -11,9 +11,10 @@ from tyro.conf import Positional
 
 from accvideo.analysis.figure import Panel, color, dot, figure, markdown_table, polyline
 from accvideo.analysis.folder import open_analysis, origin, settings_of, write_results
-from accvideo.analysis.grids import Costs, best_grid, best_shift, even_grid, grid_cost, secant_costs, start_costs
+from accvideo.analysis.grids import Costs, best_grid, best_shift, grid_cost, secant_costs, start_costs
 from accvideo.data.dataset import TrajectoryFolder
 from accvideo.data.manifest import MANIFEST, Manifest
+from accvideo.flow import even_grid
 from accvideo.reporting.charts import Plot, log_ticks
 from accvideo.trajectory import Trajectory, write_trajectory, write_whole
 from accvideo.types import UserError

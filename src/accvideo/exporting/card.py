@@ -84,7 +84,8 @@ def model_card(
         f"{what} for a `{config.pipeline_class}`, distilled from the teacher's recorded denoising trajectories "
         f"({config.recorded_num_steps or config.teacher_num_steps} steps{solver}, guidance {guidance}) by the method of AccVideo "
         f"([arXiv:2503.19462](https://arxiv.org/abs/2503.19462)). "
-        f"It takes {config.num_steps} denoiser calls a video{size}.",
+        f"It takes {config.num_steps} denoiser calls a video{size}."
+        + "".join(f" Or {number}: `accvideo generate --num-steps {number}`." for number in config.other_num_steps),
         f"## How to run it\n\n{usage}",
         f"Noise levels (sigmas): {sigmas}\n\nTimesteps: {timesteps}\n\n"
         "The student was trained at these and no others: another number of steps, shift or guidance makes bad videos.",

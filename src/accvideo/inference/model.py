@@ -187,9 +187,10 @@ def check_student(model: Model, num_steps: int | None, guidance_scale: float | N
     """
     if model.student is None:
         return
-    if num_steps not in (None, model.num_steps):
+    if num_steps not in (None, model.num_steps, *model.student.other_num_steps):
+        known = " or ".join(map(str, (model.num_steps, *model.student.other_num_steps)))
         raise UserError(
-            f"{model.name} is a student of {model.num_steps} steps and cannot take {num_steps}: it knows no other "
+            f"{model.name} is a student of {known} steps and cannot take {num_steps}: it knows no other "
             f"noise levels\nLeave --num-steps out, or record and distill with --num-student-steps {num_steps}"
         )
     if guidance_scale not in (None, model.guidance_scale):

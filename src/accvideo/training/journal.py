@@ -14,16 +14,15 @@ from accvideo.training.health import CHANCE_LOSSES, Watch
 from accvideo.training.recipe import DistillConfig, settings
 from accvideo.training.steps import Training
 from accvideo.training.tracking import tracked
-from accvideo.types import Sigmas
 
 
 @contextmanager
 def logged(
-    config: DistillConfig, training: Training, sigmas: Sigmas, console: Console
+    config: DistillConfig, training: Training, num_steps: int, console: Console
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
     """A function that writes each line of metrics, shows it, and rings alarms; on other ranks than the first, nothing.
 
-    A resumed run goes on with the lines before `training.iteration`.
+    A resumed run goes on with the lines before `training.iteration`. The student has `num_steps` steps to train.
     """
     if rank() > 0:
         yield lambda line: None
@@ -35,7 +34,7 @@ def logged(
         MetricsLog(path, begin) as metrics,
         progress_bar(console, config, training) as show,
     ):
-        watch = Watch(len(sigmas) - 1, CHANCE_LOSSES[config.adversarial_loss])
+        watch = Watch(num_steps, CHANCE_LOSSES[config.adversarial_loss])
         for line in read_metrics(path):
             watch.look(line)
 

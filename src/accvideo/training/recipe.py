@@ -31,8 +31,11 @@ class DistillConfig:
     """Data set: a folder that `accvideo record` or `pack` made, or its address (https://, s3://, hf:// and others)."""
     out: Path
     """Folder for the student. The same command again goes on where a killed run stopped."""
+    num_student_steps: tuple[int, ...] = ()
+    """Steps K of the student, from key point to key point, which are spaced evenly among the recorded ones; several
+    numbers, by turns: one student that takes any of them, the first unless asked. None: all recorded key points."""
     num_iterations: int = 400
-    """Iterations; each trains one key point, from noise to video and around again, on one batch."""
+    """Iterations; each trains one step, from noise to video and around again, on one batch."""
     batch_size: int = 16
     """Trajectories an iteration, over all ranks together."""
     accumulate: int = 1
@@ -108,6 +111,8 @@ class DistillConfig:
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}; the least is {least}")
         check_tracker(self.track)
+        if len(set(self.num_student_steps)) < len(self.num_student_steps):
+            raise UserError(f"num_student_steps is {self.num_student_steps}; give each number once")
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"ema_decay is {self.ema_decay}; choose 0 (off) or a number below 1, such as 0.99")
         if (self.keep_best or self.patience) and not self.num_validation:

@@ -6,17 +6,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from accvideo.discriminator import Discriminator
-from accvideo.flow import euler_step, secant_velocity
+from accvideo.call import DenoiserCall
+from accvideo.discriminator import Discriminator, at_final_timestep
+from accvideo.flow import euler_step, even_grid, secant_velocity
 from accvideo.losses import trajectory_loss
-from accvideo.student import Student
+from accvideo.student import Student, told_timestep
 from accvideo.training.checkpoint import Checkpoint, Checkpoints, optimizer_tensors, restore_optimizer
 from accvideo.training.distributed import average_gradients, own_parts, own_pieces, spread_as, whole
 from accvideo.trajectory import TrajectoryBatch
@@ -26,34 +28,87 @@ Batches = Callable[[int], Iterator[TrajectoryBatch]]
 """The endless batches of a data set from the one of a given number on; of each, what this rank takes, part by part."""
 
 
-def paired_loss(student: Student, batch: TrajectoryBatch, sigmas: Sigmas, keypoint: int) -> PerSample:
-    """The trajectory loss of the step from a key point to the next."""
-    latents, next_latents = batch.states[:, keypoint], batch.states[:, keypoint + 1]
-    target = secant_velocity(latents, next_latents, *levels(sigmas, keypoint))
-    velocity = student.velocity(batch.denoisers[keypoint], batch.calls[keypoint], latents)
-    return trajectory_loss(velocity, target)
+class Step(NamedTuple):
+    """A step of the student's, from one recorded key point to a later one."""
+
+    start: int
+    end: int
+    is_told: bool = False
+    """Whether the denoiser is told how far it goes: with several numbers of steps, steps of several sizes set out from
+    the same noise level."""
 
 
-def rejoining_loss(rollout: "Rollout", sigmas: Sigmas, keypoint: int) -> PerSample:
-    """The trajectory loss of a rollout's last step, from a key point to the next, with a target off the trajectory.
+Sweep = Sequence[Step]
+"""The student's steps from noise to video."""
+
+
+def student_sweeps(num_keypoint_steps: int, num_student_steps: Sequence[int]) -> list[Sweep]:
+    """The student's sweep for each of its numbers of steps.
+
+    Args:
+        num_keypoint_steps: steps from each recorded key point to the next.
+        num_student_steps: the numbers of steps; none: as recorded.
+
+    Raises:
+        UserError: a number is not from 1 to that of the recorded steps.
+    """
+    grids = [even_grid(num_keypoint_steps, number) for number in num_student_steps or (num_keypoint_steps,)]
+    return [[Step(start, end, is_told=len(grids) > 1) for start, end in pairwise(grid)] for grid in grids]
+
+
+def step_of_iteration(sweeps: Sequence[Sweep], iteration: int) -> tuple[int, Step]:
+    """The step that an iteration trains, and its place among all steps.
+
+    The sweeps take turns, step by step: each number of steps gets the same number of iterations.
+    """
+    turn, number = divmod(iteration, len(sweeps))
+    step = turn % len(sweeps[number])
+    return sum(map(len, sweeps[:number])) + step, sweeps[number][step]
+
+
+def student_velocity(student: Student, batch: TrajectoryBatch, latents: Latents, sigmas: Sigmas, step: Step) -> Latents:
+    """The student's velocity at the start of a step."""
+    call = batch.calls[step.start]
+    if step.is_told and len(student.denoisers) == 1:
+        call = told_call(batch.calls, sigmas, step)
+    return student.velocity(batch.denoisers[step.start], call, latents)
+
+
+def told_call(calls: Sequence[DenoiserCall], sigmas: Sigmas, step: Step) -> DenoiserCall:
+    """The call at the start of a step, told by its timestep how far the step goes: see `student.told_timestep`."""
+    start = calls[step.start]
+    end = calls[step.end] if step.end < len(calls) else at_final_timestep(calls[-1], float(sigmas[-1] / sigmas[-2]))
+    moved = told_timestep(start.tensors["timestep"], end.tensors["timestep"])
+    return replace(start, tensors=start.tensors | {"timestep": moved})
+
+
+def paired_loss(student: Student, batch: TrajectoryBatch, sigmas: Sigmas, step: Step) -> PerSample:
+    """The trajectory loss of a step from a recorded state to a later one."""
+    latents, next_latents = batch.states[:, step.start], batch.states[:, step.end]
+    target = secant_velocity(latents, next_latents, *levels(sigmas, step))
+    return trajectory_loss(student_velocity(student, batch, latents, sigmas, step), target)
+
+
+def rejoining_loss(rollout: "Rollout", sigmas: Sigmas, step: Step) -> PerSample:
+    """The trajectory loss of a rollout's last step, with a target off the trajectory.
 
     The rollout began at its record's own noise, and has left the record's states since. The target leads from where the
-    student was back to the record's next state.
+    student was back to the record's state where the step ends.
     """
-    sigma, next_sigma = levels(sigmas, keypoint)
+    sigma, next_sigma = levels(sigmas, step)
     # Two velocities from the same latents differ by the difference of where they lead to, over the gap.
-    return trajectory_loss(rollout.latents, rollout.batch.states[:, keypoint + 1]) / (next_sigma - sigma) ** 2
+    return trajectory_loss(rollout.latents, rollout.batch.states[:, step.end]) / (next_sigma - sigma) ** 2
 
 
-def student_step(student: Student, batch: TrajectoryBatch, latents: Latents, sigmas: Sigmas, keypoint: int) -> Latents:
-    """The student's latents at the next key point."""
-    velocity = student.velocity(batch.denoisers[keypoint], batch.calls[keypoint], latents)
-    return euler_step(latents, velocity, *levels(sigmas, keypoint))
+def student_step(student: Student, batch: TrajectoryBatch, latents: Latents, sigmas: Sigmas, step: Step) -> Latents:
+    """The student's latents where a step ends."""
+    velocity = student_velocity(student, batch, latents, sigmas, step)
+    return euler_step(latents, velocity, *levels(sigmas, step))
 
 
-def levels(sigmas: Sigmas, keypoint: int) -> tuple[float, float]:
-    """Noise level of a key point, and of the next."""
-    return float(sigmas[keypoint]), float(sigmas[keypoint + 1])
+def levels(sigmas: Sigmas, step: Step) -> tuple[float, float]:
+    """Noise levels of the key points that a step leads from and to."""
+    return float(sigmas[step.start]), float(sigmas[step.end])
 
 
 def trained_by(optimizer: Optimizer) -> list[Tensor]:
@@ -131,11 +186,12 @@ class Rollout:
 class Rollouts:
     """The queues of Algorithm 1: the student's own latents at each key point but the last, first in, first out.
 
-    Queue k holds latents at key point k, counted from the noise: the paper's Q_{m-k}. Its Q_0 is never read.
+    Queue k holds latents at key point k, counted from the noise: the paper's Q_{m-k}. Its Q_0 is never read. Sweeps of
+    several numbers of steps share the queues: one may go on from where another has led.
     """
 
-    def __init__(self, num_student_steps: int, seed: int) -> None:
-        self.queues: list[deque[Rollout]] = [deque() for _ in range(num_student_steps)]
+    def __init__(self, num_keypoint_steps: int, seed: int) -> None:
+        self.queues: list[deque[Rollout]] = [deque() for _ in range(num_keypoint_steps)]
         self.generator = torch.Generator().manual_seed(seed)
 
     def start(self, parts: Sequence[TrajectoryBatch], number: int, fresh: bool = True) -> None:
@@ -149,12 +205,12 @@ class Rollouts:
             noises = [drawn[part].to(noises[0].device) for part in numbers]
         self.queues[0] += [Rollout(noise, part, number) for noise, part in zip(noises, parts, strict=True)]
 
-    def advance(self, student: Student, sigmas: Sigmas, keypoint: int) -> Rollout:
+    def advance(self, student: Student, sigmas: Sigmas, step: Step) -> Rollout:
         """Take the oldest latents at a key point one student step on; only this step has a gradient."""
-        before = self.queues[keypoint].popleft()
-        after = replace(before, latents=student_step(student, before.batch, before.latents, sigmas, keypoint))
-        if keypoint + 1 < len(self.queues):
-            self.queues[keypoint + 1].append(replace(after, latents=after.latents.detach()))
+        before = self.queues[step.start].popleft()
+        after = replace(before, latents=student_step(student, before.batch, before.latents, sigmas, step))
+        if step.end < len(self.queues):
+            self.queues[step.end].append(replace(after, latents=after.latents.detach()))
         return after
 
 
