@@ -27,9 +27,11 @@ COMMANDS = {
     "evaluate": ("accvideo.evaluate", "compare a student with its teacher and write a report"),
     "plan": ("accvideo.plan", "hours, memory and disk that a released teacher will take, before any download"),
     "analyze toy": ("accvideo.analysis.toy", "repeat the paper's 1-D study, and what it left out"),
+    "analyze coverage": ("accvideo.analysis.coverage", "how often noised videos lie off every recorded trajectory"),
     "analyze keypoints": ("accvideo.analysis.keypoints", "choose key points from trajectories recorded in full"),
     "analyze ablation": ("accvideo.analysis.ablation", "the paper's ablation as numbers, and what it never varied"),
     "analyze baselines": ("accvideo.analysis.comparison", "other methods of distillation at an equal budget"),
+    "analyze steps": ("accvideo.analysis.steps", "quality and seconds of students against their number of steps"),
     "playground prompts": ("accvideo.playground.prompts", "write prompts of the playground's world to a file"),
     "playground train": ("accvideo.playground.train", "train the playground's teacher anew"),
 }

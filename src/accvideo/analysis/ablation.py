@@ -1,7 +1,5 @@
 """The paper's Figure 7 as numbers (arXiv:2503.19462), and the choices that the paper never varied."""
 
-import sys
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,10 +8,9 @@ from typing import Any
 from tyro.conf import Positional
 
 from accvideo.analysis.folder import open_analysis, origin, settings_of, write_results
-from accvideo.analysis.students import Evaluation, evaluate_kinds, metric_figure, metric_table
+from accvideo.analysis.students import Evaluation, distill_all, evaluate_kinds, metric_figure, metric_table
 from accvideo.command import choose_device
 from accvideo.data.dataset import TrajectoryFolder
-from accvideo.distill import distill
 from accvideo.training.recipe import DistillConfig, playground
 from accvideo.types import UserError
 
@@ -83,14 +80,7 @@ def ablation(config: AblationConfig) -> dict[str, Any]:
     settings = settings_of(config)
     plan = plan_runs(config, len(TrajectoryFolder(config.data)))
     cache = open_analysis(config.out, settings)
-    seconds: dict[str, float] = {}
-    missing = [run for runs in plan.values() for run in runs if not (cache / run.out / "student.json").exists()]
-    for number, run in enumerate(missing):
-        began = time.perf_counter()
-        distill(replace(run, out=cache / run.out))
-        seconds[str(run.out)] = time.perf_counter() - began
-        left = sum(seconds.values()) / len(seconds) * (len(missing) - number - 1)
-        print(f"{number + 1} of {len(missing)} students; about {left / 60:.0f} minutes for the others", file=sys.stderr)
+    seconds = distill_all([replace(run, out=cache / run.out) for runs in plan.values() for run in runs])
     kinds = {name: [cache / run.out for run in runs] for name, runs in plan.items()}
     evaluation = Evaluation(
         out=cache / "report", num_prompts=config.num_prompts, prompts=config.prompts, seed=0, device=config.device

@@ -1,5 +1,7 @@
 """Several students of each kind beside their teacher: the project's own report of all of them, summed up by kind."""
 
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,13 +11,16 @@ from diffusers import UniPCMultistepScheduler
 
 from accvideo.analysis.figure import Panel, color, figure, markdown_table, mean_and_spread, spread_text, whisker
 from accvideo.command import choose_device, progress_bar
+from accvideo.distill import distill
 from accvideo.evaluate import EvaluateConfig, choose_prompts, evaluate, load_teacher
 from accvideo.inference.model import with_scheduler
 from accvideo.reporting.charts import Plot, nice_ticks
 from accvideo.reporting.rows import Plan, Task, make_row, row_key, run_row
 from accvideo.reporting.wording import METRICS
-from accvideo.student import read_student_config
+from accvideo.student import StudentConfig, read_student_config
 from accvideo.teacher import PLAYGROUND_TEACHER, teacher_path
+from accvideo.training.checkpoint import read_metrics
+from accvideo.training.recipe import DistillConfig
 
 Row = Mapping[str, Any]
 """A kind of model: name, num_steps, denoiser_calls, and by metric the values of all its students."""
@@ -34,6 +39,31 @@ class Evaluation:
     """Of prompts and noise."""
     device: str
 
+    def of(self, student: Path, *also: Path) -> EvaluateConfig:
+        """The settings with which `accvideo evaluate` does so."""
+        return EvaluateConfig(
+            student=str(student),
+            also=tuple(map(str, also)),
+            out=self.out,
+            num_prompts=self.num_prompts,
+            prompts=self.prompts,
+            seed=self.seed,
+            device=self.device,
+        )
+
+
+def distill_all(runs: Sequence[DistillConfig]) -> dict[str, float]:
+    """Distill the students that are not there yet; the seconds of each one's iterations, by the name of its folder."""
+    missing = [run for run in runs if not (run.out / "student.json").exists()]
+    began, done, total = time.perf_counter(), 0, sum(run.num_iterations for run in missing)
+    for number, run in enumerate(missing):
+        distill(run)
+        done += run.num_iterations
+        minutes = (time.perf_counter() - began) / done * (total - done) / 60
+        print(f"{number + 1} of {len(missing)} students; about {minutes:.0f} minutes for the others", file=sys.stderr)
+    lines = {run.out.name: read_metrics(run.out / "metrics.jsonl") for run in runs}
+    return {name: sum(line.get("seconds", 0.0) for line in each) for name, each in lines.items()}
+
 
 def evaluate_kinds(kinds: Mapping[str, Sequence[Path]], evaluation: Evaluation) -> list[dict[str, Any]]:
     """The teacher's rows, then one for each kind of student with the values of all its students.
@@ -42,16 +72,7 @@ def evaluate_kinds(kinds: Mapping[str, Sequence[Path]], evaluation: Evaluation) 
         kinds: folders of students by kind; all of one teacher, key points and number of steps.
         evaluation: how they are evaluated.
     """
-    folders = [str(folder) for students in kinds.values() for folder in students]
-    config = EvaluateConfig(
-        student=folders[0],
-        also=tuple(folders[1:]),
-        out=evaluation.out,
-        num_prompts=evaluation.num_prompts,
-        prompts=evaluation.prompts,
-        seed=evaluation.seed,
-        device=evaluation.device,
-    )
+    config = evaluation.of(*(folder for students in kinds.values() for folder in students))
     rows = evaluate(config)["rows"]
     teachers = [row for row in rows if row["name"].startswith("teacher")]
     students = iter([row for row in rows if not row["name"].startswith("teacher")])
@@ -78,16 +99,7 @@ def unipc_row(config: EvaluateConfig) -> dict[str, Any]:
     settings; a row of the report that is in the folder already.
     """
     student, device = read_student_config(Path(config.student)), choose_device(config.device)
-    is_judged = teacher_path(student.teacher) == PLAYGROUND_TEACHER
-    teacher = load_teacher(config, student.teacher, student, device)
-    task = Task(
-        prompts=choose_prompts(config, is_judged),
-        seed=config.seed,
-        batch_size=config.batch_size or (16 if is_judged else 1),
-        dtype=config.dtype,
-        is_judged=is_judged,
-        cache=config.out / "cache",
-    )
+    teacher, task = load_teacher(config, student.teacher, student, device), task_of(config, student)
     full = Plan("teacher", teacher.num_steps, teacher.guidance_scale, is_teacher=True)
     key = row_key(teacher, full, task, None)
     settings: Any = UniPCMultistepScheduler.from_config(teacher.pipeline.scheduler.config)
@@ -96,6 +108,19 @@ def unipc_row(config: EvaluateConfig) -> dict[str, Any]:
     plan = replace(full, name="teacher_unipc", num_steps=student.num_steps)
     with progress_bar() as progress:
         return make_row(model, plan, task, run_row(model, plan, task, key, progress))
+
+
+def task_of(config: EvaluateConfig, student: StudentConfig) -> Task:
+    """What `accvideo evaluate` has in common for all rows of a report in a folder that is there already."""
+    is_judged = teacher_path(student.teacher) == PLAYGROUND_TEACHER
+    return Task(
+        prompts=choose_prompts(config, is_judged),
+        seed=config.seed,
+        batch_size=config.batch_size or (16 if is_judged else 1),
+        dtype=config.dtype,
+        is_judged=is_judged,
+        cache=config.out / "cache",
+    )
 
 
 def scaled(name: str, values: Sequence[float]) -> list[float]:

@@ -1,0 +1,292 @@
+"""Quality and seconds against the number of steps: a student for each, one for all, and the teacher's own few steps."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import Positional
+
+from accvideo.analysis.figure import Panel, color, figure, markdown_table, polyline, spread_curves, spread_text
+from accvideo.analysis.folder import open_analysis, origin, settings_of, write_results
+from accvideo.analysis.students import Evaluation, distill_all, scaled, sum_up, task_of, unipc_row
+from accvideo.command import choose_device, progress_bar
+from accvideo.data.manifest import read_manifest
+from accvideo.data.storage import open_storage
+from accvideo.evaluate import load_teacher, open_folder, teacher_rows
+from accvideo.inference.model import load_model
+from accvideo.reporting.charts import Plot, log_ticks, nice_ticks
+from accvideo.reporting.rows import Plan, make_row, run_row
+from accvideo.reporting.wording import METRICS
+from accvideo.student import read_student_config
+from accvideo.training.recipe import DistillConfig, playground
+from accvideo.training.steps import student_sweeps
+from accvideo.types import UserError
+
+SHOWN = ("all_right", "rerender_psnr_db", "diversity_distance", "latent_mse", "teacher_psnr_db")
+"""Metrics of the table and the figure, those that there are."""
+
+ALL_STEPS = "teacher, all steps"
+ONE_EACH = "a student for each"
+ONE_FOR_ALL = "one student for all"
+KINDS = (ONE_EACH, ONE_FOR_ALL, "teacher, guided", "teacher, equal calls", "teacher, UniPC")
+"""What is compared at each number of steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepsConfig:
+    """Distills a student for each number of steps and one for all of them, and evaluates them beside the teacher.
+
+    From one recording, from whose key points each takes those that lie evenly; record every state for the best fit
+    (`accvideo record ... --num-steps 50 --num-student-steps 50`). Starts from the preset `playground`. Finished
+    students and rows are kept: the same command goes on where a killed run stopped.
+    """
+
+    data: Positional[str]
+    """Data set that `accvideo record` made."""
+    out: Path
+    """Folder for students, numbers, table and figure."""
+    num_student_steps: tuple[int, ...] = (1, 2, 3, 4, 5, 8, 10)
+    """Numbers of steps K."""
+    num_seeds: int = 3
+    """Students of each kind."""
+    num_iterations: int = 200
+    """Iterations of a student for one number; the one for all takes as many as the others together. The adversarial
+    half takes part from 60 % of them on."""
+    batch_size: int = 16
+    """Trajectories an iteration."""
+    num_prompts: int = 500
+    """Clips of each row."""
+    prompts: Path | None = None
+    """As for `accvideo evaluate`; needed where the teacher is not the playground's."""
+    baselines: Path | None = None
+    """`baselines.json` of `accvideo analyze baselines`: its methods are drawn beside."""
+    device: str = "auto"
+    """`auto` takes the accelerator if there is one."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_seeds", "num_iterations", "batch_size", "num_prompts"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if len(self.num_student_steps) < 2 or len(set(self.num_student_steps)) < len(self.num_student_steps):
+            raise UserError(f"num_student_steps is {self.num_student_steps}; give at least two numbers, each once")
+
+
+def steps(config: StepsConfig) -> dict[str, Any]:
+    """Distill what is missing, evaluate, and write steps.json, .md and .svg.
+
+    Raises:
+        UserError: whatever distillation and evaluation refuse.
+    """
+    student_sweeps(read_manifest(open_storage(config.data)).num_student_steps, config.num_student_steps)
+    methods = [] if config.baselines is None else read_baselines(config.baselines)
+    settings = settings_of(config, ("out", "device", "baselines"))
+    cache = open_analysis(config.out, settings)
+    runs = {kind: [replace(run, out=cache / run.out) for run in members] for kind, members in plan_runs(config).items()}
+    seconds = distill_all([run for members in runs.values() for run in members])
+    evaluation = Evaluation(
+        out=cache / "report", num_prompts=config.num_prompts, prompts=config.prompts, seed=0, device=config.device
+    )
+    rows = [
+        row
+        for number in config.num_student_steps
+        for row in evaluate_number(
+            number, [run.out for run in runs[number]], [run.out for run in runs[None]], evaluation
+        )
+    ]
+    # The teacher at all its steps stands beside each number; once is enough.
+    rows = [row for row in rows if row["name"] != ALL_STEPS or row["num_student_steps"] == config.num_student_steps[0]]
+    results = {
+        "command": f"accvideo analyze steps {config.data} --out DIR",
+        **origin(choose_device(config.device)),
+        "settings": settings,
+        "seconds": seconds,
+        "rows": rows,
+        "baselines": methods,
+    }
+    return write_results(config.out, "steps", results, steps_table(results), steps_figure(results))
+
+
+def plan_runs(config: StepsConfig) -> dict[int | None, list[DistillConfig]]:
+    """The configurations of all students by number of steps (None: all of them), one a seed; folders are relative."""
+    base = replace(
+        playground(config.data, Path()), batch_size=config.batch_size, num_validation=0, device=config.device
+    )
+
+    def runs(numbers: tuple[int, ...], name: str) -> list[DistillConfig]:
+        num_iterations = config.num_iterations * len(numbers)
+        run = replace(
+            base,
+            num_student_steps=numbers,
+            num_iterations=num_iterations,
+            adversarial_start=round(0.6 * num_iterations),
+        )
+        return [replace(run, seed=seed, out=Path(f"{name}-{seed}")) for seed in range(config.num_seeds)]
+
+    each: dict[int | None, list[DistillConfig]] = {
+        number: runs((number,), f"steps-{number}") for number in config.num_student_steps
+    }
+    return each | {None: runs(config.num_student_steps, "all")}
+
+
+def evaluate_number(
+    number: int, students: Sequence[Path], for_all: Sequence[Path], evaluation: Evaluation
+) -> list[dict[str, Any]]:
+    """The rows at one number of steps: the teacher's and both kinds of students, summed up over seeds."""
+    config, student = evaluation.of(students[0]), read_student_config(students[0])
+    device, task = choose_device(config.device), task_of(config, student)
+    open_folder(config.out)
+    with progress_bar() as progress:
+        teacher = load_teacher(config, student.teacher, student, device)
+        key, rows, _ = teacher_rows(config, task, teacher, student, progress)
+
+        def student_row(folder: Path) -> dict[str, Any]:
+            model = load_model(str(folder), device=device)
+            plan = Plan(folder.name, number, model.guidance_scale, is_teacher=False)
+            return make_row(model, plan, task, run_row(model, plan, task, key, progress))
+
+        kinds = {
+            ONE_EACH: [student_row(folder) for folder in students],
+            ONE_FOR_ALL: [student_row(folder) for folder in for_all],
+        }
+    names = {ALL_STEPS: "teacher", "teacher, guided": "teacher_few", "teacher, equal calls": "teacher_equal_calls"}
+    kinds |= {kind: [row for row in rows if row["name"] == name] for kind, name in names.items()}
+    kinds["teacher, UniPC"] = [unipc_row(config)]
+    return [
+        sum_up(kind, members)
+        | {
+            "num_student_steps": number,
+            "seconds_denoising": [row["seconds_denoising"] for row in members],
+            "seconds_end_to_end": [row["seconds_end_to_end"] for row in members],
+        }
+        for kind, members in kinds.items()
+    ]
+
+
+def read_baselines(path: Path) -> list[dict[str, Any]]:
+    """The rows of methods in a file of `accvideo analyze baselines`.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        results = json.loads(path.read_text("utf-8"))
+        return [row for row in results["rows"] if row["name"] in results["learning_rates"]]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is no baselines.json of accvideo analyze baselines ({error})") from error
+
+
+def steps_table(results: Mapping[str, Any]) -> str:
+    """All rows in Markdown."""
+    rows = results["rows"]
+    names = [name for name in SHOWN if any(name in row["metrics"] for row in rows)]
+    titles = [f"{METRICS[name][0]}, {METRICS[name][1]}" for name in names]
+    header = ["K", "", "calls", *titles, "seconds a clip, denoising", "end to end"]
+    lines = [
+        [
+            str(row["num_steps"] if row["name"] == ALL_STEPS else row["num_student_steps"]),
+            row["name"],
+            str(row["denoiser_calls"]),
+            *(spread_text(scaled(name, row["metrics"][name])) if name in row["metrics"] else "–" for name in names),
+            spread_text(row["seconds_denoising"]),
+            spread_text(row["seconds_end_to_end"]),
+        ]
+        for row in rows
+    ]
+    settings = results["settings"]
+    return (
+        f"Mean and deviation of {settings['num_seeds']} students, {settings['num_iterations']} iterations for each "
+        f"number of steps; the teacher's rows are single runs.\n\n{markdown_table(header, lines)}"
+    )
+
+
+def steps_figure(results: Mapping[str, Any]) -> str:
+    """Each metric and the seconds against the number of steps, and the first metric against the seconds."""
+    rows = results["rows"]
+    names = [name for name in SHOWN if any(name in row["metrics"] for row in rows)]
+    panels = [metric_panel(rows, name, results["baselines"]) for name in names]
+    return figure([*panels, seconds_panel(rows), trade_panel(rows, names[0])])
+
+
+def metric_panel(rows: Sequence[Mapping[str, Any]], name: str, baselines: Sequence[Mapping[str, Any]]) -> Panel:
+    """A metric against the number of steps, a curve a kind; the teacher at all its steps is a level line."""
+    title, unit = METRICS[name]
+    curves = {
+        kind: {
+            row["num_student_steps"]: scaled(name, row["metrics"][name])
+            for row in rows
+            if row["name"] == kind and name in row["metrics"]
+        }
+        for kind in KINDS
+    }
+    tints = {kind: color(number) for number, kind in enumerate(KINDS)}
+    level = [scaled(name, row["metrics"][name]) for row in rows if row["name"] == ALL_STEPS and name in row["metrics"]]
+    others = {
+        row["name"]: (row["num_steps"], scaled(name, row["metrics"][name]))
+        for row in baselines
+        if name in row["metrics"]
+    }
+    values = [value for curve in curves.values() for each in curve.values() for value in each]
+    values += [value for each in level for value in each] + [value for _, each in others.values() for value in each]
+    plot, ticks = linear_plot(rows, values)
+    marks = spread_curves(plot, curves)
+    numbers = sorted({row["num_student_steps"] for row in rows})
+    keys = list(tints.items())
+    if level:
+        height = sum(level[0]) / len(level[0])
+        marks += polyline(plot, [(numbers[0], height), (numbers[-1], height)], "var(--ink)", 1, 0.6)
+        keys.append((ALL_STEPS, "var(--ink)"))
+    for number, (method, (num_steps, each)) in enumerate(others.items()):
+        marks += letter(plot, num_steps, sum(each) / len(each), str(number + 1))
+        keys.append((f"{number + 1} {method}", "var(--muted)"))
+    return Panel(title, unit, plot.svg(marks, "steps (logarithmic)", ticks, numbers, title), keys)
+
+
+def seconds_panel(rows: Sequence[Mapping[str, Any]]) -> Panel:
+    """Seconds of denoising a clip against the number of steps."""
+    curves = {
+        kind: {row["num_student_steps"]: row["seconds_denoising"] for row in rows if row["name"] == kind}
+        for kind in KINDS
+    }
+    values = [value for curve in curves.values() for each in curve.values() for value in each]
+    numbers = sorted({row["num_student_steps"] for row in rows})
+    limits = (min(values) / 1.2, max(values) * 1.2)
+    plot = Plot((numbers[0] / 1.2, numbers[-1] * 1.2), limits, x_log=True, y_log=True)
+    chart = plot.svg(spread_curves(plot, curves), "steps (logarithmic)", log_ticks(*limits), numbers, "seconds")
+    keys = [(kind, color(number)) for number, kind in enumerate(KINDS)]
+    return Panel("Seconds of denoising", "a clip (logarithmic)", chart, keys)
+
+
+def trade_panel(rows: Sequence[Mapping[str, Any]], name: str) -> Panel:
+    """A metric against the seconds of denoising."""
+    title, unit = METRICS[name]
+    series = {
+        kind: [
+            (sum(row["seconds_denoising"]) / len(row["seconds_denoising"]), scaled(name, row["metrics"][name]))
+            for row in rows
+            if row["name"] == kind and name in row["metrics"]
+        ]
+        for kind in (*KINDS, ALL_STEPS)
+    }
+    values = [value for points in series.values() for _, each in points for value in each]
+    seconds = [second for points in series.values() for second, _ in points]
+    limits = (min(seconds) / 1.2, max(seconds) * 1.2)
+    ticks = nice_ticks(min(values), max(values) if max(values) > min(values) else min(values) + 1)
+    plot = Plot(limits, (ticks[0], ticks[-1]), x_log=True)
+    curves = {kind: {second: each for second, each in sorted(points)} for kind, points in series.items()}
+    chart = plot.svg(spread_curves(plot, curves), "seconds (logarithmic)", ticks, log_ticks(*limits), title)
+    keys = [(kind, color(number)) for number, kind in enumerate(series)]
+    return Panel(f"{title} against seconds of denoising", unit, chart, keys)
+
+
+def linear_plot(rows: Sequence[Mapping[str, Any]], values: Sequence[float]) -> tuple[Plot, list[float]]:
+    """The area for values against the number of steps, which is logarithmic, and the ticks of the values."""
+    numbers = sorted({row["num_student_steps"] for row in rows})
+    ticks = nice_ticks(min(values), max(values) if max(values) > min(values) else min(values) + 1)
+    return Plot((numbers[0] / 1.2, numbers[-1] * 1.2), (ticks[0], ticks[-1]), x_log=True), ticks
+
+
+def letter(plot: Plot, x: float, y: float, text: str) -> str:
+    """A number in place of a point."""
+    return f'<text x="{plot.x(x):.1f}" y="{plot.y(y) + 4:.1f}" text-anchor="middle">{text}</text>'

@@ -1,0 +1,103 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from accvideo.analysis.steps import (
+    ALL_STEPS,
+    KINDS,
+    ONE_EACH,
+    ONE_FOR_ALL,
+    StepsConfig,
+    plan_runs,
+    steps,
+    steps_figure,
+    steps_table,
+)
+from accvideo.student import read_student_config
+from accvideo.types import UserError
+from tests.recorded import PROMPTS, record_tiny
+
+
+def test_the_student_for_all_numbers_gets_as_many_iterations_for_each_as_a_student_of_its_own():
+    config = StepsConfig(data="data", out=Path("out"), num_student_steps=(1, 4, 10), num_seeds=2, num_iterations=50)
+    plan = plan_runs(config)
+    assert list(plan) == [1, 4, 10, None]
+    assert {run.num_iterations for number in (1, 4, 10) for run in plan[number]} == {50}
+    assert [(run.num_student_steps, run.num_iterations) for run in plan[None]] == [((1, 4, 10), 150)] * 2
+    assert [run.adversarial_start for run in (plan[4][0], plan[None][0])] == [30, 90]
+    outs = [run.out for runs in plan.values() for run in runs]
+    assert len(set(outs)) == len(outs) == 8 and [run.seed for run in plan[4]] == [0, 1]
+
+
+def made_up_rows(numbers: tuple[int, ...], with_judge: bool = True) -> list[dict[str, Any]]:
+    def row(name: str, number: int, num_steps: int, num_seeds: int) -> dict[str, Any]:
+        metrics = {"latent_mse": [1 / num_steps] * num_seeds}
+        if with_judge:
+            metrics["all_right"] = [1 - 0.5 / num_steps] * num_seeds
+        seconds = {part: [0.1 * num_steps] * num_seeds for part in ("seconds_denoising", "seconds_end_to_end")}
+        return {
+            "name": name, "num_student_steps": number, "num_steps": num_steps, "denoiser_calls": num_steps,
+            "metrics": metrics, **seconds,
+        }  # fmt: skip
+
+    rows = [row(kind, number, number, 3 if "student" in kind else 1) for number in numbers for kind in KINDS]
+    return [row(ALL_STEPS, numbers[0], 50, 1), *rows]
+
+
+@pytest.mark.parametrize("with_judge", [True, False])
+def test_table_and_figure_show_every_row(with_judge: bool):
+    results = {"rows": made_up_rows((1, 2, 5), with_judge), "settings": {"num_seeds": 3, "num_iterations": 100}}
+    results["baselines"] = [{"name": "perflow", "num_steps": 5, "metrics": {"latent_mse": [0.3, 0.5]}}]
+    table = steps_table(results).splitlines()
+    lines = [line for line in table if line.startswith("|")]
+    assert len(lines) == 2 + 1 + 3 * len(KINDS) and lines[2].startswith("| 50 | teacher, all steps | 50 |")
+    assert ("All properties right" in lines[0]) == with_judge
+    svg = steps_figure(results)
+    ElementTree.fromstring(svg)
+    assert all(kind in svg for kind in KINDS) and "1 perflow" in svg and "prefers-color-scheme: dark" in svg
+    assert svg.count('class="head"') == (2 if with_judge else 1) + 2
+
+
+@pytest.mark.slow
+def test_students_are_distilled_from_one_recording_and_evaluated_beside_the_teacher(tmp_path: Path):
+    record_tiny(tmp_path, num_student_steps=10)
+    (tmp_path / "test.txt").write_text("\n".join(PROMPTS[:2]))
+    config = StepsConfig(
+        data=str(tmp_path / "data"), out=tmp_path / "out", num_student_steps=(1, 3), num_seeds=1, num_iterations=4,
+        batch_size=2, num_prompts=2, prompts=tmp_path / "test.txt", device="cpu",
+    )  # fmt: skip
+    results = steps(config)
+    by_kind = {(row["name"], row["num_student_steps"]): row for row in results["rows"]}
+    assert set(by_kind) == {(kind, number) for kind in KINDS for number in (1, 3)} | {(ALL_STEPS, 1)}
+    assert by_kind[ALL_STEPS, 1]["denoiser_calls"] == 20
+    for kind in (ONE_EACH, ONE_FOR_ALL):
+        assert [by_kind[kind, number]["denoiser_calls"] for number in (1, 3)] == [1, 3]
+        assert [by_kind[kind, number]["num_steps"] for number in (1, 3)] == [1, 3]
+    assert [by_kind["teacher, guided", number]["denoiser_calls"] for number in (1, 3)] == [2, 6]
+    assert by_kind["teacher, equal calls", 3]["denoiser_calls"] <= 3
+    both = read_student_config(tmp_path / "out/cache/all-0")
+    own = read_student_config(tmp_path / "out/cache/steps-3-0")
+    assert (both.num_steps, both.other_num_steps, own.num_steps, own.other_num_steps) == (1, [3], 3, [])
+    sigmas = json.loads((tmp_path / "data/manifest.json").read_text())["sigmas"]
+    assert own.sigmas == pytest.approx([sigmas[point] for point in (0, 3, 7, 10)])
+    assert set(results["seconds"]) == {"steps-1-0", "steps-3-0", "all-0"} and min(results["seconds"].values()) > 0
+    assert steps(config)["rows"] == results["rows"]
+    written = {path.name for path in (tmp_path / "out").glob("steps.*")}
+    assert written == {"steps.json", "steps.md", "steps.svg"}
+
+
+def test_numbers_without_sense_or_not_recorded_are_refused_before_anything_is_written(tmp_path: Path):
+    for numbers in ((5,), (2, 2), ()):
+        with pytest.raises(UserError, match="at least two numbers"):
+            StepsConfig(data="data", out=tmp_path, num_student_steps=numbers)
+    record_tiny(tmp_path)
+    config = StepsConfig(data=str(tmp_path / "data"), out=tmp_path / "out", num_student_steps=(2, 6))
+    with pytest.raises(UserError, match="6 student steps of 5 recorded ones"):
+        steps(config)
+    with pytest.raises(UserError, match="is no baselines.json"):
+        steps(replace(config, num_student_steps=(1, 2), baselines=tmp_path / "data/manifest.json"))
+    assert not (tmp_path / "out").exists()
