@@ -96,6 +96,20 @@ def capture_call(
     return DenoiserCall(tensors, constants, condition, hidden_states.dtype, starts, shared_tensors), seen
 
 
+def without_padding(call: DenoiserCall) -> DenoiserCall:
+    """The call with zeros in the rows of prompt embeddings that an attention mask leaves out; itself if there are none.
+
+    By diffusers' names: `encoder_attention_mask_2` is the mask of `encoder_hidden_states_2`. Whether the denoiser makes
+    the same of both calls is for a replay to tell.
+    """
+    changed = {}
+    for name, mask in call.tensors.items():
+        rows = call.tensors.get(own := name.replace("attention_mask", "hidden_states"))
+        if own != name and rows is not None and rows.shape[:2] == mask.shape and rows[mask == 0].any():
+            changed[own] = rows.masked_fill((mask == 0).unsqueeze(-1), 0)
+    return replace(call, tensors=call.tensors | changed) if changed else call
+
+
 def flatten(arguments: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Names and values of a call's arguments: tensors as they are, the rest as JSON.
 

@@ -21,7 +21,7 @@ from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from accvideo.call import flatten
+from accvideo.call import flatten, replay, without_padding
 from accvideo.command import (
     DEFAULT_FPS,
     Prompt,
@@ -38,12 +38,13 @@ from accvideo.data.schema import parse
 from accvideo.flow import keypoint_indices
 from accvideo.inference.model import NUM_TEACHER_STEPS
 from accvideo.media import check_media, load_media, media_digests
-from accvideo.recording.solvers import SOLVERS, Solver
+from accvideo.recording.solvers import SOLVERS, Solver, solver_step
 from accvideo.recording.workers import CLAIM, PARTIAL, BackgroundWriter, Claims, Place, find_place
 from accvideo.student import KeyPointScheduler, student_scheduler
 from accvideo.teacher import (
     Approach,
     Watch,
+    WatchedStep,
     approach,
     batch_arguments,
     check_scheduler,
@@ -232,6 +233,7 @@ class Recorder:
         manifest, self.shared = make_manifest(self.pipeline, config, defaults, self.arguments, self.prompts)
         make_folder(config.out)
         self.num_recorded = self.num_blocks = 0
+        self._padding_counts: bool | None = None  # to the denoisers; not known yet
         self.writer, self.claims = BackgroundWriter(), Claims(config.out, identity(manifest))
         try:
             self.manifest = open_folder(config.out, manifest, self.claims)
@@ -348,13 +350,15 @@ class Recorder:
         size = self.config.batch_size
         items = range(block.number * size, (block.number + 1) * size)
         media = self.media(self.prompts[items[0] % len(self.prompts)])  # with several items it is the same for all
-        with watch(self.pipeline, self.manifest.keypoints[:-1], on_step, self.shared, self.config.solver) as seen:
+        solve = solver_step(self.config.solver)
+        with watch(self.pipeline, self.manifest.keypoints[:-1], on_step, self.shared, solve) as seen:
             run: Any = self.pipeline
             run(
                 num_inference_steps=self.config.num_steps,
                 output_type="latent",
                 **items_arguments(self.config, self.arguments, self.prompts, items),
             )
+        seen.steps = self._without_padding(seen.steps)
         trajectories = trajectories_of(seen, self.manifest, items, self.prompts, media)
         if not self.manifest.denoiser_calls:  # the first of all: a pipeline that is refused leaves no data set
             manifest = replace(self.manifest, denoiser_calls=seen.num_calls)
@@ -362,6 +366,23 @@ class Recorder:
         self.num_blocks += 1
         self.writer.put(lambda: self._write(name, [trajectories[index - items[0]] for index in wanted]))
         return True
+
+    @torch.no_grad()
+    def _without_padding(self, steps: list[WatchedStep]) -> list[WatchedStep]:
+        """The steps, with zeros for the padding of prompts if no denoiser's output differs in a bit: it takes no space.
+
+        Tried once, on the first prompt that is padded.
+        """
+        bare = [replace(step, call=without_padding(step.call)) for step in steps]
+        if self._padding_counts is None and any(new.call is not old.call for new, old in zip(bare, steps, strict=True)):
+            networks, firsts = denoisers(self.pipeline), {step.denoiser: step for step in reversed(steps)}
+            self._padding_counts = not all(
+                torch.equal(
+                    *(replay(networks[name], call, step.state) for call in (step.call, without_padding(step.call)))
+                )
+                for name, step in firsts.items()
+            )
+        return steps if self._padding_counts else bare
 
     def _absent(self, block: Block) -> list[int]:
         return [index for index in block.missing if not (self.config.out / trajectory_name(index)).exists()]
