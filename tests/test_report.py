@@ -9,6 +9,8 @@ import torch
 from accvideo.report import ShownClip, curves, sprite, write_report
 from accvideo.reporting.charts import binned, log_ticks, nice_ticks
 from accvideo.reporting.wording import number
+from accvideo.vbench.published import PUBLISHED, describe_published
+from accvideo.vbench.scores import DIMENSIONS, Score, describe
 
 VOID = {"meta", "input", "br"}
 
@@ -185,6 +187,39 @@ def test_page_without_a_judge(tmp_path: Path):
     text = Page(write_report(tmp_path, make_report(judged=False), clips, [], [], 8).read_text("utf-8")).text
     assert "Latent error" in text and "PSNR to the teacher's clip" in text
     assert "All properties right" not in text and "all right" not in text and "Training" not in text
+
+
+def vbench_part(measured: list[str], custom: bool = False) -> dict[str, Any]:
+    """VBench's part of a report with the paper's scores of student and teacher, in these dimensions."""
+    models = {}
+    for name, row in (("student", PUBLISHED[5]), ("teacher", PUBLISHED[4])):
+        scores = {each: Score(row.scores[each] / 100, 360, "results_1_eval_results.json") for each in measured}
+        made = {"num_steps": 5, "size": None, "num_videos": 4700, "num_missing": 20}
+        models[name] = {**made, **describe(scores)}
+    return {
+        "mode": "custom_input" if custom else "vbench_standard",
+        "num_prompts": 944,
+        "models": models,
+        "commands": [] if len(measured) == 16 else ["cd '<here>'", "vbench evaluate"],
+        "published": [] if custom else describe_published(),
+    }
+
+
+@pytest.mark.parametrize("measured, custom", [(list(DIMENSIONS), False), ([], False), (["dynamic_degree"], True)])
+def test_vbench_stands_beside_the_published_tables(tmp_path: Path, measured: list[str], custom: bool):
+    """All numbers and the differences to the teacher; what is not measured yet by its commands, and no empty table."""
+    report = make_report(judged=False) | {"vbench": vbench_part(measured, custom)}
+    text = write_report(tmp_path, report, [], [], [], 8).read_text("utf-8")
+    page = Page(text)
+    assert not page.open and not re.findall(r"(https?:)?//[a-z]", text)
+    assert "4,700 of the student's 4,720 videos" in page.text
+    assert ("&lt;here&gt;" in text and "vbench evaluate" in page.text) == (len(measured) < 16)
+    assert ("PyramidFlow" in page.text) == (len(measured) == 16)
+    assert ("The student's VBench total is 83.26 %, the teacher's 82.66 %." in page.text) == (len(measured) == 16)
+    assert ("75.00−1.38" in page.text) == ("dynamic_degree" in measured)
+    if len(measured) == 16:
+        for row in PUBLISHED:
+            assert all(f"{value:.2f}" in page.text for value in row.scores.values())
 
 
 def test_sprite_holds_the_frames_side_by_side():

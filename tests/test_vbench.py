@@ -57,6 +57,13 @@ def result_file(folder: Path, time: str, results: dict[str, tuple[float, int]]) 
     return path
 
 
+def model_folder(folder: Path) -> Path:
+    """A model's folder before its videos are made."""
+    folder.mkdir(parents=True)
+    (folder / "settings.json").write_text('{"num_steps": 5, "size": "480×832×81"}', "utf-8")
+    return folder
+
+
 # Which videos
 
 
@@ -307,10 +314,9 @@ def run_commands(folder: Path) -> list[str]:
 def test_the_script_measures_what_is_missing(tmp_path: Path):
     """One call a dimension, of each model, in its own folder; what is measured is not asked for again."""
     folder = tmp_path / "a report" / "vbench"
-    folder.mkdir(parents=True)
     suite = standard_suite(LISTING, None, 5)
     for name in ("student", "teacher"):
-        (folder / name).mkdir()
+        model_folder(folder / name)
     result_file(folder / "student" / "results", "1", {name: (0.5, 5) for name in suite.dimensions[1:]})
     report = describe_vbench(folder, suite, ["student", "teacher"])
     ending = "--full_json_dir ../VBench_full_info.json --videos_path videos --dimension"
@@ -318,6 +324,7 @@ def test_the_script_measures_what_is_missing(tmp_path: Path):
     assert calls[0] == f"student evaluate --output_path results {ending} subject_consistency"
     assert calls[1:] == [f"teacher evaluate --output_path results {ending} {name}" for name in suite.dimensions]
     assert json.loads((folder / "VBench_full_info.json").read_text()) == LISTING
+    assert (report["models"]["student"]["size"], report["models"]["student"]["num_steps"]) == ("480×832×81", 5)
     assert report["commands"][0] == f"cd '{folder}'" and "subject_consistency" in "\n".join(report["commands"])
     assert report["models"]["student"]["num_missing"] == 15
 
@@ -329,7 +336,7 @@ def test_the_script_measures_what_is_missing(tmp_path: Path):
 
 def test_still_videos_are_filtered_where_there_are_more_than_five(tmp_path: Path):
     """The filter runs after `dynamic_degree`, which fetches its network, and flickering is measured of what it left."""
-    (tmp_path / "vbench" / "student").mkdir(parents=True)
+    model_folder(tmp_path / "vbench" / "student")
     suite = standard_suite(LISTING, None, 25)
     describe_vbench(tmp_path / "vbench", suite, ["student"])
     calls = run_commands(tmp_path)
@@ -343,7 +350,7 @@ def test_still_videos_are_filtered_where_there_are_more_than_five(tmp_path: Path
 
 def test_own_prompts_are_told_by_a_file(tmp_path: Path):
     """Names say nothing then: VBench's custom mode takes the prompts from a file beside the folders."""
-    (tmp_path / "vbench" / "student").mkdir(parents=True)
+    model_folder(tmp_path / "vbench" / "student")
     suite = own_suite([Prompt("a/b"), Prompt("x" * 300)])
     report = describe_vbench(tmp_path / "vbench", suite, ["student"])
     calls = run_commands(tmp_path)
@@ -355,7 +362,7 @@ def test_own_prompts_are_told_by_a_file(tmp_path: Path):
 
 def test_what_was_measured_of_too_few_videos_is_told(tmp_path: Path):
     suite = standard_suite([*LISTING, {"prompt_en": "a red cat", "dimension": ["color"]}], None, 5)
-    (tmp_path / "student").mkdir()
+    model_folder(tmp_path / "student")
     result_file(tmp_path / "student" / "results", "1", {"imaging_quality": (0.5, 4), "color": (0.5, 4)})
     limits = describe_vbench(tmp_path, suite, ["student"])["limits"]
     assert "20 of the student's videos are still to be made" in limits[0]
@@ -386,6 +393,7 @@ def test_evaluate_makes_videos_and_reads_the_results_back(tmp_path: Path):
     student, teacher = report["models"]["student"], report["models"]["teacher"]
     assert student["num_videos"] == teacher["num_videos"] == 15 and student["dimensions"] == {}
     assert "vbench evaluate" in (tmp_path / "report" / "index.html").read_text()
+    assert (student["num_steps"], teacher["num_steps"], student["size"]) == (5, 10, "32×32×5")
     clips = [(folder / name / "videos" / "a cat-0.mp4").read_bytes() for name in ("student", "teacher")]
     assert clips[0] != clips[1]
     made = {path: path.stat().st_mtime_ns for path in folder.glob("*/videos/*")}

@@ -26,11 +26,11 @@ def vbench_section(report: Mapping[str, Any]) -> str:
     sources = ""
     if measured and vbench["published"]:
         names = dict.fromkeys(row["source"] for row in vbench["published"])
-        sources = f'<p class="note small">Published: {escape("; ".join(names))}.</p>'
+        sources = f'<p class="note after">Published: {escape("; ".join(names))}.</p>'
     return (
         '<section><h2>VBench</h2><p class="note">In %, higher is better: Huang et al., arXiv:2311.17982. '
-        f"{rule} Of {vbench['num_prompts']} prompts, "
-        f"{_counts(vbench)} were made.</p>{tables}{sources}{_commands(vbench)}</section>"
+        f"{rule} Made from {vbench['num_prompts']} prompts: {_counts(vbench)}.</p>"
+        f"{tables}{sources}{_commands(vbench)}</section>"
     )
 
 
@@ -74,7 +74,9 @@ def _table(vbench: Mapping[str, Any], measured: Sequence[str], columns: Sequence
         cell = '<td class="student">' if name == "student" else "<td>"
         cells = "".join(f"{cell}{_cell(ours[name].get(each), rival.get(each))}</td>" for each in columns)
         dot = f'<i class="dot" style="background:{COLORS[name]}"></i>'
-        lines.append(f'<tr class="main"><th scope="row">{dot}{name.capitalize()}</th>{cells}</tr>')
+        model = vbench["models"][name]
+        detail = f"<small>{model['size'] or 'own size'}, {model['num_steps']} steps</small>"
+        lines.append(f'<tr class="main"><th scope="row">{dot}{name.capitalize()}{detail}</th>{cells}</tr>')
     if vbench["published"]:
         lines.append(f'<tr class="section"><th scope="rowgroup" colspan="{len(columns) + 1}">Published</th></tr>')
     for row in vbench["published"]:
@@ -97,9 +99,9 @@ def _commands(vbench: Mapping[str, Any]) -> str:
     if not vbench["commands"]:
         return ""
     return (
-        '<p class="note">What is not measured yet, VBench measures by these commands, in an environment of its own; '
-        "the evaluation's own command, run again, then reads the results.</p>"
-        f'<pre class="card scroll"><code>{escape(chr(10).join(vbench["commands"]))}</code></pre>'
+        '<p class="note after">What is not measured yet, VBench measures by these commands, in an environment of its '
+        "own; the evaluation's own command, run again, then reads the results.</p>"
+        f'<pre class="card"><code>{escape(chr(10).join(vbench["commands"]))}</code></pre>'
     )
 
 

@@ -14,7 +14,7 @@ from accvideo.trajectory import write_whole
 from accvideo.vbench.published import describe_published
 from accvideo.vbench.scores import DIMENSIONS, Score, describe, read_scores
 from accvideo.vbench.suite import LIST_NAME, NUM_VIDEOS, Suite
-from accvideo.vbench.videos import missing
+from accvideo.vbench.videos import missing, read_settings
 
 PROMPT_FILE = "prompts.json"
 SCRIPT = "measure.sh"
@@ -70,7 +70,14 @@ def describe_vbench(folder: Path, suite: Suite, names: Sequence[str]) -> dict[st
     for name in names:
         scores = read_scores(folder / name / "results")
         num_missing = len(missing(folder / name, suite.videos))
-        models[name] = {"num_videos": len(suite.videos) - num_missing, "num_missing": num_missing, **describe(scores)}
+        settings = read_settings(folder / name)
+        models[name] = {
+            "num_steps": settings["num_steps"],
+            "size": settings["size"],
+            "num_videos": len(suite.videos) - num_missing,
+            "num_missing": num_missing,
+            **describe(scores),
+        }
         lines += commands(name, suite, scores)
     told = (PROMPT_FILE, suite.prompt_file()) if suite.listing is None else (LIST_NAME, suite.listing)
     write_whole(folder / told[0], json.dumps(told[1], indent=1).encode() + b"\n")

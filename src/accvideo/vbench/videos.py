@@ -52,11 +52,31 @@ def video_settings(model: Model, suite: Suite, making: Making) -> dict[str, Any]
         "num_steps": making.num_steps or model.num_steps,
         "guidance_scale": model.guidance_scale,
         "arguments": model.arguments,
+        "size": size(model),
         "fps": model.fps,
         "batch_size": making.batch_size,
         "dtype": making.dtype,
         **{name: acceleration[name] for name in ("compile", "attention_backend", "quantization", "vae_tiling")},
     }
+
+
+def size(model: Model) -> str | None:
+    """Height, width and frames of the videos as in the published tables; None where the pipeline chooses them."""
+    sides = [model.arguments.get(name) for name in ("height", "width", "num_frames")]
+    return None if None in sides else "×".join(map(str, sides))
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What the videos of a folder were made with.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = folder / SETTINGS
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged; delete {folder}, or put back what was in the file") from error
 
 
 def check_prompts(model: Model, suite: Suite, batch_size: int) -> None:
@@ -126,10 +146,7 @@ def join_folder(folder: Path, settings: dict[str, Any], claims: Claims) -> None:
         if not path.exists():
             write_whole(path, json.dumps(settings, indent=2).encode() + b"\n", claims.writer)
             return
-    try:
-        old = json.loads(path.read_text("utf-8"))
-    except ValueError:
-        old = {}
+    old = read_settings(folder)
     if changed := [name for name in settings if old.get(name) != settings[name]]:
         name = next((name for name in changed if name != "identity"), "identity")
         raise UserError(
