@@ -116,7 +116,7 @@ def test_a_watched_pipeline_converges_with_the_order_of_its_solver(solver: Solve
     pipeline.register_modules(transformer=GaussianTransformer(**WAN_SIZES).eval())
     errors: list[list[float]] = [[], []]
     for num_steps in (40, 80):
-        with watch(pipeline, [0, num_steps // 2], solver=solver) as seen:
+        with watch(pipeline, [0, num_steps // 2], solve=solver_step(solver)) as seen:
             pipeline(prompt="red", num_inference_steps=num_steps, guidance_scale=1.0, output_type="latent",
                      generator=torch.Generator().manual_seed(1), **TINY_CALL)  # fmt: skip
         assert seen.final is not None and seen.num_calls == num_steps
@@ -133,7 +133,7 @@ def test_a_watched_pipeline_converges_with_the_order_of_its_solver(solver: Solve
 def test_eulers_steps_are_the_same_whatever_the_scheduler(scheduler: str):
     """`next = state + (next_sigma - sigma) * velocity` at every step, also where the scheduler's own are others."""
     pipeline = tiny_wan_pipeline(scheduler)
-    with watch(pipeline, solver="euler") as seen:
+    with watch(pipeline, solve=solver_step("euler")) as seen:
         pipeline(prompt="red", num_inference_steps=4, guidance_scale=3.0, output_type="latent", **TINY_CALL)
     for step, after in zip(seen.steps, [*(step.state for step in seen.steps[1:]), seen.final], strict=True):
         assert torch.equal(euler_step(step.state, step.velocity, step.sigma, step.next_sigma), after)  # pyright: ignore
@@ -143,7 +143,7 @@ def test_another_solver_admits_no_other_schedulers():
     """The rule is checked on the scheduler's own step: that of a model of another kind would look like Euler's."""
     pipeline = tiny_wan_pipeline()
     pipeline.scheduler = DPMSolverMultistepScheduler(prediction_type="epsilon")
-    with pytest.raises(UserError, match="is not next = state"), watch(pipeline, solver="adams2"):
+    with pytest.raises(UserError, match="is not next = state"), watch(pipeline, solve=solver_step("adams2")):
         pipeline(prompt="red", num_inference_steps=4, output_type="latent", **TINY_CALL)
 
 

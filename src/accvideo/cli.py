@@ -29,6 +29,7 @@ COMMANDS = {
     "analyze toy": ("accvideo.analysis.toy", "repeat the paper's 1-D study, and what it left out"),
     "analyze coverage": ("accvideo.analysis.coverage", "how often noised videos lie off every recorded trajectory"),
     "analyze keypoints": ("accvideo.analysis.keypoints", "choose key points from trajectories recorded in full"),
+    "analyze solvers": ("accvideo.analysis.solvers", "how near to the exact flow short recordings come, by solver"),
     "analyze ablation": ("accvideo.analysis.ablation", "the paper's ablation as numbers, and what it never varied"),
     "analyze baselines": ("accvideo.analysis.comparison", "other methods of distillation at an equal budget"),
     "analyze steps": ("accvideo.analysis.steps", "quality and seconds of students against their number of steps"),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from accvideo.call import DenoiserCall, capture_call, flatten
 from accvideo.flow import euler_step
-from accvideo.recording.solvers import Solver, solver_step
+from accvideo.recording.solvers import Step
 from accvideo.types import Latents, UserError
 
 PLAYGROUND_TEACHER = Path(__file__).parent / "playground" / "teacher"
@@ -173,7 +173,7 @@ def watch(
     keep: Collection[int] | None = None,
     on_step: Callable[[int], None] | None = None,
     shared: Collection[str] = (),
-    solver: Solver = "own",
+    solve: Step | None = None,
 ) -> Iterator[Watch]:
     """Watches one run of `pipeline`: its states, noise levels and conditional calls.
 
@@ -186,13 +186,13 @@ def watch(
         keep: numbers of the steps to keep; all when None.
         on_step: called with the number of steps taken, after each.
         shared: names of the denoiser's arguments that have no row for each sample; see `shared_arguments`.
-        solver: what takes the steps; the scheduler's own are taken beside it and thrown away.
+        solve: what takes the steps in place of the scheduler, which still sets the noise levels; see `solver_step`.
 
     Raises:
         UserError: on the first step, if the rule does not hold or the call cannot be replayed.
     """
     scheduler, seen = pipeline.scheduler, Watch()
-    original_step, solve, part = scheduler.step, solver_step(solver), ()
+    original_step, part = scheduler.step, ()
     calls: list[tuple[str, dict[str, Any]]] = []  # of the step under way
 
     def see_call(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
