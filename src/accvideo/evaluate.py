@@ -118,6 +118,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     suite = read_suite(config.prompts, config.vbench_texts, config.vbench_flicker) if config.vbench else None
     place = find_place(os.environ) if config.vbench else Place()
     device = own_device(config.device, place)
+    features = None if config.fvd is None else VideoFeatures(config.fvd, device)
     task = Task(
         prompts=choose_prompts(config, is_judged, suite),
         seed=config.seed,
@@ -126,7 +127,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         acceleration=config.acceleration,
         is_judged=is_judged,
         cache=open_folder(config.out),
-        features=None if config.fvd is None else VideoFeatures(config.fvd, device),
+        features=features,
     )
     with progress_bar(visible=place.local_rank == 0) as progress:
         if suite is None:
@@ -157,16 +158,11 @@ def make_vbench(
     """Make VBench's videos: of the student, so that they can be measured meanwhile, then of the teacher if wanted."""
     for name in vbench_models(config):
         if name == "student":
-            model, num_steps = (
-                load_model(config.student, getattr(torch, config.dtype), device, config.acceleration),
-                None,
-            )
+            model = load_model(config.student, getattr(torch, config.dtype), device, config.acceleration)
         else:
-            model, num_steps = (
-                load_teacher(config, config.teacher or student.teacher, student, device),
-                config.num_steps,
-            )
+            model = load_teacher(config, config.teacher or student.teacher, student, device)
         check_prompts(model, suite, task.batch_size)
+        num_steps = None if name == "student" else config.num_steps
         making = Making(num_steps, task.seed, task.batch_size, task.dtype, task.acceleration)
         make_videos(name, model, suite, making, config.out / "vbench" / name, place, progress)
 
@@ -364,6 +360,11 @@ def limits(task: Task, student: StudentConfig, rows: Sequence[Mapping[str, Any]]
         "A small latent error is no proof of a good clip: a blurred one may be nearer to the teacher's result than a "
         "sharp one that differs.",
     ]
+    if task.features is not None:
+        sentences.append(
+            f"FVD falls with the number of clips, here {len(task.prompts)}: compare it between rows of this page only. "
+            "Below some 500 clips it is rough: it takes a covariance of 400 features."
+        )
     if not task.is_judged:
         return [
             "No judge: the numbers say how near the student comes to the teacher, not whether clips follow their "

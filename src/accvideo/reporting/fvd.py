@@ -43,7 +43,9 @@ class VideoFeatures:
             fvd: Any = import_module("cdfvd.fvd")
         except (ImportError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"FVD takes cd-fvd, which cannot be imported: {reason}\npip install cd-fvd") from error
+            raise UserError(
+                f"FVD takes cd-fvd, which cannot be imported: {reason}\npip install 'accvideo[fvd]'"
+            ) from error
         self.identity = digest(weights.read_bytes())[:16]
         """Hash of the weights."""
         try:
@@ -58,7 +60,7 @@ class VideoFeatures:
             ) from error
 
     def __call__(self, clips: Clips) -> Float[Tensor, "batch width"]:
-        """The features of each clip, from `NUM_FRAMES` of its frames at equal distances."""
+        """The features of each clip, from `NUM_FRAMES` frames at equal distances; of short clips some come twice."""
         frames = clips[:, torch.linspace(0, clips.shape[1] - 1, NUM_FRAMES).round().long()]
         self._network.add_fake_stats(frames.cpu().numpy())
         return torch.from_numpy(self._network.fake_stats.get_all()[-len(clips) :])
