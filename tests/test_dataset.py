@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -13,12 +14,12 @@ from accvideo.data import dataset
 from accvideo.data.dataset import TrajectoryFolder, ahead
 from accvideo.data.pack import PackConfig, pack
 from accvideo.distill import DistillConfig, distill
-from accvideo.trajectory import trajectory_name
+from accvideo.trajectory import trajectory_name, write_trajectory
 from accvideo.types import UserError
 from tests.recorded import PROMPTS, record_tiny
 from tests.served import served
 from tests.test_storage import copy_to_memory
-from tests.test_trajectory import write_data_set
+from tests.test_trajectory import make_trajectory, padded, write_data_set
 
 
 @pytest.fixture
@@ -172,6 +173,26 @@ def test_only_a_small_data_set_stays_in_memory(folder, monkeypatch):
             for index in [*range(5), *range(5)]:
                 assert data[index].index == index
             assert len(reads) == num_reads
+
+
+def test_what_padding_takes_in_memory_counts(folder, monkeypatch):
+    """A data set may be small on disk only; what the key points share counts once."""
+    embeds = padded(torch.ones(1, 4, 16), [1, 512, 16], [0, 0, 0])
+    for index in range(5):
+        trajectory = make_trajectory(index)
+        calls = tuple(replace(call, tensors={"embeds": embeds}) for call in trajectory.calls)
+        write_trajectory(folder, replace(trajectory, calls=calls))
+    reads, read = [], dataset.Source.read_bytes
+    monkeypatch.setattr(dataset.Source, "read_bytes", lambda source, i: reads.append(i) or read(source, i))
+    whole = sum(dataset.num_bytes(TrajectoryFolder(folder)[index]) for index in range(5))
+    assert 5 * embeds.nbytes < whole < 1.5 * 5 * embeds.nbytes
+    for room, num_reads in ((whole + 1, 5), (whole - 1, 10)):
+        monkeypatch.setattr(dataset, "CACHE_BYTES", room)
+        data = TrajectoryFolder(folder)
+        reads.clear()
+        for index in [*range(5), *range(5)]:
+            assert data[index].index == index
+        assert len(reads) == num_reads
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 import tarfile
 from contextlib import suppress
@@ -211,6 +212,28 @@ def test_a_full_disk_leaves_nothing(folder, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="No space left"):
         pack(PackConfig(data=str(folder), out=tmp_path / "out"))
     assert sorted(each.name for each in tmp_path.iterdir()) == ["data"]
+
+
+def test_files_are_on_the_disk_before_their_folder_is_there(folder, tmp_path, monkeypatch):
+    """A machine that dies leaves no folder of empty files."""
+    flushed, fsync = set(), os.fsync
+
+    def flush(descriptor: int) -> None:
+        assert not (tmp_path / "out").exists()
+        flushed.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    pack(PackConfig(data=str(folder), out=tmp_path / "out"))
+    assert {path.stat().st_ino for path in (tmp_path / "out").iterdir()} <= flushed
+
+
+def test_a_link_inside_the_folder_is_packed(folder, shards, tmp_path):
+    """As what it leads to."""
+    (folder / trajectory_name(3)).rename(folder / "elsewhere")
+    (folder / trajectory_name(3)).symlink_to("elsewhere")
+    pack(PackConfig(data=str(folder), out=tmp_path / "again", shard_size=(shards / "000000.tar").stat().st_size))
+    assert contents(tmp_path / "again") == contents(shards)
 
 
 def test_an_archive_ends_on_a_whole_record():

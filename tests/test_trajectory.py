@@ -109,6 +109,12 @@ def test_reading_gives_what_was_written(tmp_path, prompt):
     assert_equal(read_trajectory(write_trajectory(tmp_path, trajectory)), trajectory)
 
 
+def test_a_prompt_that_could_not_be_read_is_not_written(tmp_path):
+    with pytest.raises(UserError, match="of trajectory 3 take .* bytes as JSON"):
+        write_trajectory(tmp_path, make_trajectory(3, "\x00" * 2_500_000))
+    assert not list(tmp_path.iterdir())
+
+
 def test_equal_trajectories_give_equal_bytes(tmp_path):
     first = write_trajectory(tmp_path, make_trajectory(3)).read_bytes()
     assert write_trajectory(tmp_path, make_trajectory(3)).read_bytes() == first

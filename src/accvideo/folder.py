@@ -23,6 +23,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
+        for each in partial.rglob("*"):
+            if each.is_file():
+                with each.open("rb") as file:
+                    os.fsync(file.fileno())  # else a machine that dies may leave the folder with nothing in its files
         if path.exists():
             path.rmdir()
         os.replace(partial, path)

@@ -149,7 +149,7 @@ def encode_trajectory(trajectory: Trajectory) -> bytes:
     is stored.
 
     Raises:
-        UserError: the denoiser was given other arguments at other key points.
+        UserError: the denoiser was given other arguments at other key points; or the prompt is too long to be read.
     """
     if len(kinds := {(*sorted(_rows(call)), *call.shared, call.starts, call.dtype) for call in trajectory.calls}) > 1:
         only = sorted(map(str, set.union(*map(set, kinds)) - set.intersection(*map(set, kinds))))
@@ -191,6 +191,11 @@ def encode_trajectory(trajectory: Trajectory) -> bytes:
     # Copies, for safetensors takes no memory twice; one metadata key, for it writes several in no particular order.
     copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in (states | tensors).items()}
     data = safetensors.torch.save(copies, {"accvideo": json.dumps(header)})
+    if (size := 8 + int.from_bytes(data[:8], "little")) > MAX_HEADER_BYTES:
+        raise UserError(
+            f"prompt and arguments of trajectory {trajectory.index} take {size:,} bytes as JSON; the most that is read "
+            f"again is {MAX_HEADER_BYTES:,}\nShorten them"
+        )
     return data.replace(b"0" * 64, hashlib.sha256(data).hexdigest().encode(), 1)
 
 

@@ -26,7 +26,7 @@ from accvideo.trajectory import (
 from accvideo.types import UserError
 
 CACHE_BYTES = 2 * 1024**3
-"""A data set smaller than this stays in memory once read."""
+"""A data set that is smaller than this, on disk and in memory, stays in memory once read."""
 NUM_AHEAD = 4
 """Batches that are read, each by a thread, before they are asked for."""
 
@@ -142,10 +142,13 @@ class TrajectoryFolder:
             missing = [name for name in self.source.expected() if name not in sizes]
             if missing:
                 kind = "trajectories" if self.source.index is None else "shards"
-                remedy = "Run the same `accvideo record` again" if self.source.index is None else "Copy them again"
+                again = "Run the same `accvideo record` again: it adds what is missing"
+                remedy = (
+                    "Copy them again, or run `accvideo repair`" if self.source.index or self.manifest.parts else again
+                )
                 raise UserError(
                     f"{path} lacks {len(missing)} of {len(list(self.source.expected()))} {kind}, the first is "
-                    f"{missing[0]}\n{remedy}: it adds what is missing"
+                    f"{missing[0]}\n{remedy}"
                 )
         self._cache: dict[int, Trajectory] = {}
         self._room = CACHE_BYTES if (self.source.num_bytes or 0) < CACHE_BYTES else 0
@@ -161,12 +164,11 @@ class TrajectoryFolder:
         """
         if (known := self._cache.get(index)) is not None:
             return known
-        data = self.source.read_bytes(index)
-        trajectory = self.source.decode(data, index)
+        trajectory = self.source.read(index)
         if self._room:
             self._cache[index] = trajectory
-            self._room = max(self._room - len(data), 0)
-            if not self._room:  # its size was not known
+            self._room = max(self._room - num_bytes(trajectory), 0)
+            if not self._room:  # it takes more than on disk, or its size was not known
                 self._cache = {}
         return trajectory
 
@@ -202,6 +204,18 @@ class TrajectoryFolder:
             return collate_trajectories([self[number] for number in numbers])
 
         return ahead(read, map(drawn, count(start)), NUM_AHEAD)
+
+
+def num_bytes(trajectory: Trajectory) -> int:
+    """Bytes of a trajectory's tensors in memory, each counted once: padding is filled in, states are float32."""
+    tensors = [trajectory.states]
+    for call in trajectory.calls:
+        tensors += [
+            *call.tensors.values(),
+            *call.shared.values(),
+            *([] if call.condition is None else [call.condition]),
+        ]
+    return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
 
 
 def place(position: int, chosen: Sequence[int], seed: int) -> int:

@@ -80,7 +80,7 @@ class LocalStorage:
         try:
             for entry in os.scandir(self.root):
                 with suppress(FileNotFoundError):  # a recorder's claim, given back since
-                    found[entry.name] = entry.stat(follow_symlinks=False).st_size
+                    found[entry.name] = 0 if entry.is_symlink() else entry.stat(follow_symlinks=False).st_size
         except OSError as error:
             raise UserError(f"{self.root}: {error.strerror}; give a folder that accvideo recorded") from error
         return found
