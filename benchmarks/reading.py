@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from record_bytes import sample
+from record_bytes import MODELS, sample
 
 from accvideo.data import dataset
 from accvideo.data.dataset import TrajectoryFolder
@@ -34,7 +34,7 @@ def write_data_set(folder: Path, number: int) -> None:
     values = {"num_steps": 50, "num_student_steps": 5, "keypoints": list(range(0, 51, 10))}
     manifest = Manifest(**vars(make_manifest(number)) | values | {"sigmas": [1 - i / 50 for i in range(51)]})
     (folder / "manifest.json").write_text(manifest.to_json())
-    one = sample(120, torch.float32)
+    one = sample(MODELS[0], 120)
     for index in range(number):
         write_trajectory(folder, type(one)(**vars(one) | {"index": index}))
         print(f"\rwriting {trajectory_name(index)}", end="", file=sys.stderr)

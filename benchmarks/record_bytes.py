@@ -1,40 +1,78 @@
-"""Bytes of one recorded trajectory of Wan at 480x832x81 in accvideo's layout, against layouts of others.
+"""Bytes of one recorded trajectory in accvideo's layout, against layouts of others.
 
-    python benchmarks/record_bytes.py [--num-tokens 120]
+    python benchmarks/record_bytes.py [--num-tokens 120] [--num-seeds 5]
 
-The sample has the shapes and types that diffusers' WanPipeline has: latents 16x21x60x104 in float32, prompt embeddings
-512x4096 in bfloat16 with zeros after the prompt's own tokens. Values are random; it is written by the recorder's own
-code, and read back to the bit.
+Samples have the shapes and types that diffusers' pipelines have in bfloat16 (latents, prompt embeddings and their
+padding, image conditions); values are random. Each is written by the recorder's own code, and read back to the bit. The
+last columns say what would be saved if all that is the same for a prompt, or its image, were stored once for
+`--num-seeds` records of it.
 """
 
 import argparse
 import tempfile
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from accvideo.call import DenoiserCall
 from accvideo.trajectory import Trajectory, read_trajectory, write_trajectory
 
-STATE = (16, 21, 60, 104)
 NUM_STUDENT_STEPS = 5
 
 
-def sample(num_tokens: int, states: torch.dtype) -> Trajectory:
-    """A trajectory whose states a pipeline kept in a type, and whose prompt has a number of tokens."""
+@dataclass(frozen=True)
+class Model:
+    """What a pipeline leaves of a clip."""
+
+    name: str
+    state: tuple[int, ...]
+    noise: torch.dtype
+    steps: torch.dtype
+    """Of the states after the noise, as the pipeline's scheduler leaves them."""
+    num_embeds: int
+    """Rows of prompt embeddings, padding included; where the call allows it, only the prompt's own are stored."""
+    width: int
+    """Of a row."""
+    image: tuple[tuple[int, ...], ...] = ()
+    """Shapes of what an image adds to each call."""
+
+
+WIDE, NARROW = torch.float32, torch.bfloat16
+WAN = (16, 21, 60, 104)
+MODELS = (
+    Model("Wan 2.1, 480x832x81, UniPC", WAN, WIDE, WIDE, 512, 4096),
+    Model("Wan 2.1, 480x832x81, Euler or DPM", WAN, WIDE, NARROW, 512, 4096),
+    Model("Wan 2.1 image-to-video, UniPC", WAN, WIDE, WIDE, 512, 4096, ((1, 20, 21, 60, 104), (1, 257, 1280))),
+    Model("HunyuanVideo, 544x960x93", (16, 24, 68, 120), WIDE, NARROW, 256, 4096),
+    Model("HunyuanVideo 1.5, 480x848x121", (32, 31, 30, 53), NARROW, NARROW, 1000, 3584),
+    Model("LTX-Video, 480x704x161", (128, 21, 15, 22), WIDE, WIDE, 128, 4096),
+)
+
+
+def sample(model: Model, num_tokens: int) -> Trajectory:
+    """A trajectory whose prompt has a number of tokens."""
     generator = torch.Generator().manual_seed(0)
-    embeds = torch.zeros(1, 512, 4096, dtype=torch.bfloat16)
-    embeds[:, :num_tokens] = torch.randn(1, num_tokens, 4096, generator=generator).bfloat16()
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    embeds = torch.zeros(1, model.num_embeds, model.width, dtype=NARROW)
+    embeds[:, :num_tokens] = draw(1, num_tokens, model.width).to(NARROW)
+    given = {f"image.{number}": draw(*shape).to(NARROW) for number, shape in enumerate(model.image)}
     calls = tuple(
         DenoiserCall(
-            {"timestep": torch.tensor([999 - 100 * k]), "encoder_hidden_states": embeds},
+            {"timestep": torch.tensor([999 - 100 * k]), "encoder_hidden_states": embeds, **given},
             {"return_dict": False, "attention_kwargs": None},
-            dtype=torch.bfloat16,
+            dtype=NARROW,
         )
         for k in range(NUM_STUDENT_STEPS)
     )
-    latents = torch.randn(NUM_STUDENT_STEPS + 1, *STATE, generator=generator).to(states).float()
-    return Trajectory(0, 0, "a prompt " * (num_tokens // 2), latents, calls, ("transformer",) * NUM_STUDENT_STEPS)
+    states = [draw(*model.state).to(model.steps if k else model.noise).float() for k in range(NUM_STUDENT_STEPS + 1)]
+    names = ("transformer",) * NUM_STUDENT_STEPS
+    return Trajectory(0, 0, "a prompt " * (num_tokens // 2), torch.stack(states), calls, names)
 
 
 def written(trajectory: Trajectory) -> int:
@@ -49,21 +87,19 @@ def written(trajectory: Trajectory) -> int:
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num-tokens", type=int, default=120, help="of the prompt, out of 512")
-    num_tokens = parser.parse_args().num_tokens
-    state = torch.Size(STATE).numel()
-    embeds = 512 * 4096 * 2
-    rows = {
-        "all 49 states in float32 (FastVideo's ODE preprocess), by arithmetic, without embeddings": 49 * state * 4,
-        "six key states in float32, padded embeddings with each of five calls, by arithmetic": 6 * state * 4
-        + 5 * embeds,
-        "accvideo: six key states in float32, as WanPipeline keeps them": written(sample(num_tokens, torch.float32)),
-        "accvideo: of a pipeline that keeps its latents in bfloat16": written(sample(num_tokens, torch.bfloat16)),
-    }
-    for name, size in rows.items():
-        print(f"{size:>12,} bytes  {next(iter(rows.values())) / size:5.1f}x less  {name}")
+    parser.add_argument("--num-tokens", type=int, default=120, help="of the prompt")
+    parser.add_argument("--num-seeds", type=int, default=5, help="records of a prompt")
+    options = parser.parse_args()
+    print(f"49 states of {MODELS[0].name} in float32, by arithmetic: {49 * prod(WAN) * 4:,}")
+    print("model | six states in float32, padded embeddings with each call | accvideo | of it a prompt's | once saves")
+    for model in MODELS:
+        image = sum(2 * prod(shape) for shape in model.image)
+        plain = 6 * prod(model.state) * 4 + 5 * (model.num_embeds * model.width * 2 + image)
+        size, own = written(sample(model, options.num_tokens)), options.num_tokens * model.width * 2 + image
+        saved = own * (1 - 1 / options.num_seeds) / size
+        print(f"{model.name} | {plain:,} | {size:,} = 1 / {plain / size:.1f} | {own:,} | {saved:.1%}")
 
 
 if __name__ == "__main__":
