@@ -33,6 +33,7 @@ COMMANDS = {
     "analyze ablation": ("accvideo.analysis.ablation", "the paper's ablation as numbers, and what it never varied"),
     "analyze baselines": ("accvideo.analysis.comparison", "other methods of distillation at an equal budget"),
     "analyze steps": ("accvideo.analysis.steps", "quality and seconds of students against their number of steps"),
+    "analyze all": ("accvideo.analysis.everything", "every analysis of the playground, one after the other, resumable"),
     "playground prompts": ("accvideo.playground.prompts", "write prompts of the playground's world to a file"),
     "playground train": ("accvideo.playground.train", "train the playground's teacher anew"),
 }

@@ -146,13 +146,13 @@ def evaluate_number(
             plan = Plan(folder.name, number, model.guidance_scale, is_teacher=False)
             return make_row(model, plan, task, run_row(model, plan, task, key, progress))
 
-        kinds = {
+        own = {
             ONE_EACH: [student_row(folder) for folder in students],
             ONE_FOR_ALL: [student_row(folder) for folder in for_all],
         }
     names = {ALL_STEPS: "teacher", "teacher, guided": "teacher_few", "teacher, equal calls": "teacher_equal_calls"}
-    kinds |= {kind: [row for row in rows if row["name"] == name] for kind, name in names.items()}
-    kinds["teacher, UniPC"] = [unipc_row(config)]
+    kinds = {kind: [row for row in rows if row["name"] == name] for kind, name in names.items()}
+    kinds |= {"teacher, UniPC": [unipc_row(config)], **own}
     return [
         sum_up(kind, members)
         | {
@@ -288,5 +288,5 @@ def linear_plot(rows: Sequence[Mapping[str, Any]], values: Sequence[float]) -> t
 
 
 def letter(plot: Plot, x: float, y: float, text: str) -> str:
-    """A number in place of a point."""
-    return f'<text x="{plot.x(x):.1f}" y="{plot.y(y) + 4:.1f}" text-anchor="middle">{text}</text>'
+    """A number beside the place of a point."""
+    return f'<text x="{plot.x(x) + 7:.1f}" y="{plot.y(y) + 4:.1f}">{text}</text>'

@@ -33,7 +33,7 @@ class DistillConfig:
     """Folder for the student. The same command again goes on where a killed run stopped."""
     num_student_steps: tuple[int, ...] = ()
     """Steps K of the student, from key point to key point, which are spaced evenly among the recorded ones; several
-    numbers, by turns: one student that takes any of them, the first unless asked. None: all recorded key points."""
+    numbers: one student that takes any of them, the first unless asked. None given: all recorded key points."""
     num_iterations: int = 400
     """Iterations; each trains one step, from noise to video and around again, on one batch."""
     batch_size: int = 16

@@ -59,11 +59,11 @@ def student_sweeps(num_keypoint_steps: int, num_student_steps: Sequence[int]) ->
 def step_of_iteration(sweeps: Sequence[Sweep], iteration: int) -> tuple[int, Step]:
     """The step that an iteration trains, and its place among all steps.
 
-    The sweeps take turns, step by step: each number of steps gets the same number of iterations.
+    One sweep comes after the other, so that all steps are trained equally often. (Students of 1, 2 and 5 steps whose
+    numbers took turns, each with as many iterations as the others, were better at 1 step and worse at 2 and 5.)
     """
-    turn, number = divmod(iteration, len(sweeps))
-    step = turn % len(sweeps[number])
-    return sum(map(len, sweeps[:number])) + step, sweeps[number][step]
+    steps = [step for sweep in sweeps for step in sweep]
+    return iteration % len(steps), steps[iteration % len(steps)]
 
 
 def student_velocity(student: Student, batch: TrajectoryBatch, latents: Latents, sigmas: Sigmas, step: Step) -> Latents:
@@ -186,8 +186,7 @@ class Rollout:
 class Rollouts:
     """The queues of Algorithm 1: the student's own latents at each key point but the last, first in, first out.
 
-    Queue k holds latents at key point k, counted from the noise: the paper's Q_{m-k}. Its Q_0 is never read. Sweeps of
-    several numbers of steps share the queues: one may go on from where another has led.
+    Queue k holds latents at key point k, counted from the noise: the paper's Q_{m-k}. Its Q_0 is never read.
     """
 
     def __init__(self, num_keypoint_steps: int, seed: int) -> None:

@@ -1,0 +1,489 @@
+"""All analyses of the playground one after the other: an estimate first, then each part, then one page of results."""
+
+import json
+import re
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from accvideo.analysis.ablation import BEYOND, FIGURE_7, FRACTIONS
+from accvideo.analysis.comparison import JUDGED, METHODS, PAIRED
+from accvideo.analysis.coverage import NUM_FOLLOWED_LEVELS
+from accvideo.analysis.folder import open_analysis
+from accvideo.analysis.keypoints import write_part
+from accvideo.analysis.toy import estimate_seconds
+from accvideo.analysis.toy_training import Study
+from accvideo.cli import COMMANDS, execute
+from accvideo.command import choose_device
+from accvideo.data.dataset import TrajectoryFolder
+from accvideo.data.manifest import MANIFEST
+from accvideo.flow import even_grid
+from accvideo.generate import sample_clips
+from accvideo.inference.model import load_model
+from accvideo.playground.judge import judge
+from accvideo.playground.prompts import PromptsConfig, prompts
+from accvideo.playground.world import sample_prompts
+from accvideo.record import RecordConfig, record
+from accvideo.teacher import PLAYGROUND_TEACHER, teacher_path
+from accvideo.trajectory import write_whole
+from accvideo.types import UserError
+
+CALLS = 2
+"""Denoiser calls of a guided step."""
+
+STUDENT_STEPS = 5
+"""Of the students that ablation and baselines compare."""
+
+ADVERSARIAL = 0.4
+"""Share of the iterations in which the adversarial half takes part, as in the preset `playground`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllConfig:
+    """Runs every analysis on the playground, one after the other, and writes one page of what they found.
+
+    Says how long each will take first. What is done is kept: the same command goes on where a killed run stopped.
+    """
+
+    out: Path
+    """Folder with a folder for each analysis, and the page `results.md`."""
+    data: Path | None = None
+    """Recording of the playground's teacher with all of its 50 states (`accvideo record ... --num-student-steps 50`);
+    None: made here."""
+    short: bool = False
+    """The same in about a minute, for a test: as few samples as there can be, numbers that mean nothing."""
+    page: Path | None = None
+    """Also fill a Markdown page of one's own: what stands between `<!-- NAME -->` and `<!-- /NAME -->` is replaced by
+    the results of that analysis; figures and numbers go to the folder of the page's name beside it."""
+    device: str = "auto"
+    """`auto` takes the accelerator if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How much of everything."""
+
+    num_trajectories: int = 512
+    num_steps: int = 50
+    """Of the teacher, all of whose states are recorded."""
+    num_student_steps: tuple[int, ...] = (1, 2, 3, 4, 5, 8, 10)
+    num_seeds: int = 3
+    toy_seeds: int = 5
+    toy_iterations: tuple[int, int] = (10_000, 1500)
+    """Of the 1-D study's teachers and students."""
+    toy_trajectories: int = 8192
+    num_iterations: int = 200
+    batch_size: int = 16
+    num_prompts: int = 500
+    num_trial_prompts: int = 100
+    figure_7: bool = False
+    """Of the ablations, only the paper's own."""
+    methods: tuple[str, ...] = METHODS
+    learning_rates: tuple[float, ...] = (5e-5, 2e-4)
+    training_budget: int = 60_000
+    """Denoiser evaluations of each student of the baselines, beside the recording's."""
+    stretches: tuple[float, ...] = (0.0, 0.125, 0.25, 0.375, 0.5)
+    num_followed: int = 64
+    solver_prompts: int = 16
+    solver_steps: tuple[int, ...] = (10, 15, 20, 25, 50)
+    reference_steps: int = 500
+
+    @property
+    def recording(self) -> int:
+        """Denoiser evaluations of the recording."""
+        return self.num_trajectories * self.num_steps * CALLS
+
+
+SHORT = Sizes(
+    num_trajectories=8,
+    num_steps=10,
+    num_student_steps=(1, 5),
+    num_seeds=1,
+    toy_seeds=1,
+    toy_iterations=(20, 10),
+    toy_trajectories=256,
+    num_iterations=5,
+    batch_size=2,
+    num_prompts=2,
+    num_trial_prompts=2,
+    figure_7=True,
+    methods=("trajectory", "dmd2"),
+    learning_rates=(2e-4,),
+    training_budget=200,
+    stretches=(0.0, 0.5),
+    num_followed=2,
+    solver_prompts=2,
+    solver_steps=(10,),
+    reference_steps=20,
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a part computes, by which its time is estimated."""
+
+    calls: float = 0.0
+    """Denoiser evaluations for one sample."""
+    clips: float = 0.0
+    """Decoded and judged."""
+    seconds: float = 0.0
+    """Of anything else."""
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.calls + other.calls, self.clips + other.clips, self.seconds + other.seconds)
+
+    def times(self, number: float) -> "Work":
+        """The same so many times."""
+        return Work(number * self.calls, number * self.clips, number * self.seconds)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the parts read and write."""
+
+    data: Path
+    """With every state."""
+    cut: Path
+    """The same with `STUDENT_STEPS` alone."""
+    out: Path
+
+
+@dataclass(frozen=True)
+class Part:
+    """One analysis: the arguments of its command, but for `--out`, and its work."""
+
+    arguments: list[str]
+    work: Work
+
+
+def words(*arguments: Any) -> list[str]:
+    """Arguments of a command line."""
+    return [str(each) for argument in arguments for each in (argument if isinstance(argument, tuple) else (argument,))]
+
+
+def teacher_work(sizes: Sizes, numbers: Sequence[int]) -> Work:
+    """The teacher's rows of an evaluation: all steps; at each number, guided, with equal calls (two ways) and UniPC."""
+    few = [CALLS * number + number + CALLS * (number // 2) + CALLS * number for number in numbers]
+    rows = 1 + sum(4 if number > 1 else 3 for number in numbers)
+    return Work(CALLS * sizes.num_steps + sum(few), rows).times(sizes.num_prompts)
+
+
+def toy_part(sizes: Sizes, place: Place) -> Part:
+    """The 1-D study, which estimates itself by a few of its iterations."""
+    teacher, students = sizes.toy_iterations
+    study = Study(
+        seeds=range(sizes.toy_seeds),
+        teacher_iterations=teacher,
+        iterations=students,
+        num_trajectories=sizes.toy_trajectories,
+    )
+    arguments = words("--num-seeds", sizes.toy_seeds, "--teacher-iterations", teacher, "--iterations", students)
+    return Part(
+        [*arguments, *words("--num-trajectories", sizes.toy_trajectories)], Work(seconds=estimate_seconds(study))
+    )
+
+
+def coverage_part(sizes: Sizes, place: Place) -> Part:
+    """Useless data points in latent space."""
+    followed = sizes.num_followed * len(sizes.stretches) * NUM_FOLLOWED_LEVELS
+    arguments = words(place.data, "--stretches", sizes.stretches, "--num-followed", sizes.num_followed)
+    # From levels spaced evenly the teacher has half of its steps to go.
+    return Part(
+        [*arguments, *words("--batch-size", sizes.batch_size)], Work(CALLS * sizes.num_steps / 2 * followed, followed)
+    )
+
+
+def keypoints_part(sizes: Sizes, place: Place) -> Part:
+    """Key points; no network runs."""
+    arguments = words(place.data, "--num-student-steps", sizes.num_student_steps)
+    return Part(arguments, Work(seconds=sizes.num_trajectories * sizes.num_steps**2 * 4e-5))
+
+
+def ablation_part(sizes: Sizes, place: Place) -> Part:
+    """The paper's Figure 7, and beyond."""
+    num_variants = len(FIGURE_7) + (0 if sizes.figure_7 else len(BEYOND) + len(FRACTIONS))
+    evaluations = sizes.num_iterations * sizes.batch_size * (PAIRED + ADVERSARIAL * JUDGED)
+    each = Work(evaluations + sizes.num_prompts * STUDENT_STEPS, sizes.num_prompts)
+    return Part(
+        words(place.cut, *(["--figure-7"] if sizes.figure_7 else []), *student_arguments(sizes)),
+        each.times(num_variants * sizes.num_seeds) + teacher_work(sizes, [STUDENT_STEPS]),
+    )
+
+
+def baselines_part(sizes: Sizes, place: Place) -> Part:
+    """Other methods; what was tried with the best learning rate is used again."""
+    num_tried = len(sizes.learning_rates) if len(sizes.learning_rates) > 1 else 0
+    trained = Work(sizes.training_budget).times(max(num_tried, 1) + sizes.num_seeds - 1)
+    tested = Work(STUDENT_STEPS, 1).times(sizes.num_seeds * sizes.num_prompts + num_tried * sizes.num_trial_prompts)
+    arguments = words(
+        place.cut,
+        "--budget", sizes.recording + sizes.training_budget,
+        "--methods", sizes.methods,
+        "--learning-rates", sizes.learning_rates,
+        "--num-seeds", sizes.num_seeds,
+        "--batch-size", sizes.batch_size,
+        "--num-prompts", sizes.num_prompts,
+        "--num-trial-prompts", sizes.num_trial_prompts,
+    )  # fmt: skip
+    return Part(arguments, (trained + tested).times(len(sizes.methods)) + teacher_work(sizes, [STUDENT_STEPS]))
+
+
+def steps_part(sizes: Sizes, place: Place) -> Part:
+    """Students against their number of steps."""
+    numbers = sizes.num_student_steps
+    # One for each number, and one for all with as many iterations as these together.
+    iterations = 2 * len(numbers) * sizes.num_iterations
+    trained = Work(iterations * sizes.batch_size * (PAIRED + ADVERSARIAL * JUDGED))
+    tested = Work(2 * sum(numbers), 2 * len(numbers)).times(sizes.num_prompts)
+    arguments = words(place.data, "--num-student-steps", numbers, *student_arguments(sizes))
+    found = place.out / "baselines" / "baselines.json"
+    return Part(
+        [*arguments, *words("--baselines", found)],
+        (trained + tested).times(sizes.num_seeds) + teacher_work(sizes, numbers),
+    )
+
+
+def student_arguments(sizes: Sizes) -> list[str]:
+    """What ablation and steps are asked for alike."""
+    names = ("num_seeds", "num_iterations", "batch_size", "num_prompts")
+    return words(*((f"--{name.replace('_', '-')}", getattr(sizes, name)) for name in names))
+
+
+def solvers_part(sizes: Sizes, place: Place) -> Part:
+    """Recording by other solvers: four of them, and one for reference."""
+    steps = 4 * sum({*sizes.solver_steps, 50}) + sizes.reference_steps
+    arguments = words(
+        PLAYGROUND,
+        "--num-steps", sizes.solver_steps,
+        "--reference-steps", sizes.reference_steps,
+        "--num-prompts", sizes.solver_prompts,
+    )  # fmt: skip
+    return Part(arguments, Work(CALLS * steps).times(sizes.solver_prompts))
+
+
+PLAYGROUND = "playground"
+
+PARTS: dict[str, Callable[[Sizes, Place], Part]] = {
+    "toy": toy_part,
+    "coverage": coverage_part,
+    "keypoints": keypoints_part,
+    "solvers": solvers_part,
+    "ablation": ablation_part,
+    "baselines": baselines_part,
+    "steps": steps_part,
+}
+"""By the name of the command `accvideo analyze NAME`, in the order in which they run. A new analysis takes a line here
+and a function that says what it is asked for and how much that is."""
+
+WITHOUT_DEVICE = ("toy", "keypoints")
+"""These run on the CPU."""
+
+
+def all(config: AllConfig) -> dict[str, Any]:  # noqa: A001 - named as the command is
+    """Record, run what is missing, and write the page.
+
+    Raises:
+        UserError: the folder holds something else, the recording is not of the playground's, or a page has no marks.
+    """
+    sizes = SHORT if config.short else Sizes()
+    if config.page is not None:
+        check_page(config.page)
+    if config.data is not None:
+        sizes = replace(sizes, num_trajectories=len(check_data(config.data, sizes)))
+    cache = open_analysis(config.out, {"short": config.short, "data": str(config.data or "recorded here")})
+    cache.mkdir(exist_ok=True)
+    device = choose_device(config.device)
+    place = Place(config.data or config.out / "data", config.out / "data-5", config.out)
+    parts = {name: make(sizes, place) for name, make in PARTS.items() if f"analyze {name}" in COMMANDS}
+    missing = [name for name in parts if not is_done(config.out, name)]
+    if missing:
+        show_estimate(config, sizes, {name: parts[name].work for name in missing}, device)
+        prepare_data(config, sizes, place, device)
+    for number, name in enumerate(missing, 1):
+        say(f"{number} of {len(missing)}: accvideo analyze {name}")
+        options = [] if name in WITHOUT_DEVICE else ["--device", device]
+        with timed(cache / f"{name}.json"):
+            execute(f"analyze {name}", [*parts[name].arguments, "--out", str(config.out / name), *options])
+    sections = {name: section(config.out, name, part.arguments, cache) for name, part in parts.items()}
+    page = config.out / "results.md"
+    write_whole(page, fill(template(list(parts)), sections, "{name}/{name}").encode())
+    if config.page is not None:
+        fill_page(config.page, sections, config.out)
+    return {"page": str(page), "folder": str(config.out), "parts": ", ".join(parts)}
+
+
+def say(text: str) -> None:
+    """A line for the reader."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def is_done(out: Path, name: str) -> bool:
+    """Whether an analysis has written its results."""
+    return (out / name / f"{name}.json").exists()
+
+
+# Data
+
+
+def check_data(data: Path, sizes: Sizes) -> TrajectoryFolder:
+    """The data set, if all analyses can use it.
+
+    Raises:
+        UserError: it is not the playground's, or lacks states.
+    """
+    folder = TrajectoryFolder(data)
+    manifest = folder.manifest
+    if teacher_path(manifest.teacher) != PLAYGROUND_TEACHER or manifest.num_student_steps != sizes.num_steps:
+        raise UserError(
+            f"{data} is of {manifest.teacher} with {manifest.num_student_steps} of {sizes.num_steps} steps kept; all "
+            f"analyses need the playground's with each\n"
+            f"Record with --num-steps {sizes.num_steps} --num-student-steps {sizes.num_steps}, or leave --data out"
+        )
+    return folder
+
+
+def prepare_data(config: AllConfig, sizes: Sizes, place: Place, device: str) -> None:
+    """Record what is missing, and cut it to the key points of `STUDENT_STEPS`."""
+    if config.data is None:
+        file = config.out / "prompts.txt"
+        prompts(PromptsConfig(out=file, num=sizes.num_trajectories))
+        record(
+            RecordConfig(
+                teacher=PLAYGROUND,
+                prompts=file,
+                out=place.data,
+                num_steps=sizes.num_steps,
+                num_student_steps=sizes.num_steps,
+                num_trajectories=sizes.num_trajectories,
+                batch_size=min(16, sizes.num_trajectories),
+                device=device,
+            )
+        )
+    if not (place.cut / MANIFEST).exists():
+        write_part(TrajectoryFolder(place.data), even_grid(sizes.num_steps, STUDENT_STEPS), place.cut)
+
+
+# Time
+
+
+def show_estimate(config: AllConfig, sizes: Sizes, works: Mapping[str, Work], device: str) -> None:
+    """Say how long each part will take on this machine, as it is loaded now."""
+    if config.data is None and not (config.out / "data-5" / MANIFEST).exists():
+        works = {"recording": Work(sizes.recording), **works}
+    call, clip = measure_speed(sizes.batch_size, device)
+    seconds = {name: call * work.calls + clip * work.clips + work.seconds for name, work in works.items()}
+    say(f"At {1000 * call:.1f} ms a denoiser call and {1000 * clip:.0f} ms a clip decoded and judged, about:")
+    for name, value in [*seconds.items(), ("all", sum(seconds.values()))]:
+        say(f"  {name:10} {duration(value)}")
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def measure_speed(batch_size: int, device: str) -> tuple[float, float]:
+    """Seconds of a denoiser call for one sample, and of decoding and judging a clip."""
+    model = load_model(PLAYGROUND, device=device)
+    texts = sample_prompts(batch_size, 0, "train")
+    for _ in range(2):  # the first run allocates memory and chooses kernels
+        [clips] = sample_clips(model, texts, range(batch_size), num_steps=3, batch_size=batch_size)
+    began = time.perf_counter()
+    judge(clips.frames, texts)  # pyright: ignore[reportPossiblyUnboundVariable]
+    judging = time.perf_counter() - began
+    seconds = clips.seconds  # pyright: ignore[reportPossiblyUnboundVariable]
+    return seconds.denoising / (3 * CALLS * batch_size), (seconds.decoding + judging) / batch_size
+
+
+@contextmanager
+def timed(path: Path) -> Iterator[None]:
+    """Adds the seconds of a context to those in a file, also where it is left by an error or Ctrl-C."""
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        before = json.loads(path.read_text("utf-8"))["seconds"] if path.exists() else 0.0
+        write_whole(path, json.dumps({"seconds": before + time.perf_counter() - began}).encode())
+
+
+# The page
+
+
+def section(out: Path, name: str, arguments: Sequence[str], cache: Path) -> str:
+    """What an analysis has found, in Markdown: its figure at `FIGURE`, and its table."""
+    results = json.loads((out / name / f"{name}.json").read_text("utf-8"))
+    seconds = json.loads((cache / f"{name}.json").read_text("utf-8"))["seconds"]
+    command = shlex.join(["accvideo", "analyze", name, *(relative(each, out) for each in arguments), "--out", name])
+    settings = results.get("settings", {})
+    num_seeds = len(results["seeds"]) if "seeds" in results else settings.get("num_seeds", 1)
+    facts = {
+        "command": f"`{command}`",
+        "commit": results["commit"],
+        "device": results["device"],
+        "seeds": num_seeds,
+        "time": duration(seconds),
+    }
+    lines = "\n".join(f"* {fact}: {value}" for fact, value in facts.items())
+    table = (out / name / f"{name}.md").read_text("utf-8")
+    return f"{lines}\n\n![{COMMANDS[f'analyze {name}'][1]}](FIGURE.svg)\n\n[Numbers](FIGURE.json)\n\n{table}"
+
+
+def relative(argument: str, out: Path) -> str:
+    """An argument of a command line as it reads from inside the folder of all analyses."""
+    path = Path(argument)
+    return str(path.relative_to(out)) if path.is_relative_to(out) else argument
+
+
+def template(names: Sequence[str]) -> str:
+    """A page with a place for each analysis."""
+    purposes = {name: COMMANDS[f"analyze {name}"][1] for name in names}
+    parts = [
+        f"## {purpose[0].upper()}{purpose[1:]}\n\n<!-- {name} -->\n<!-- /{name} -->\n"
+        for name, purpose in purposes.items()
+    ]
+    return "\n".join(["# Results\n\nWritten by `accvideo analyze all`.\n", *parts])
+
+
+def fill(text: str, sections: Mapping[str, str], figures: str) -> str:
+    """A page whose marked places hold these sections; `figures` says where figures are, `{name}` in it for a name."""
+    for name, found in sections.items():
+        content = found.replace("(FIGURE.", f"({figures.format(name=name)}.")
+        marked = f"<!-- {name} -->\n\n{content}\n<!-- /{name} -->"
+        text = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, marked=marked: marked, text, flags=re.DOTALL)
+    return text
+
+
+def check_page(page: Path) -> str:
+    """The text of a page of the user's.
+
+    Raises:
+        UserError: it cannot be read, or has no place for any analysis.
+    """
+    try:
+        text = page.read_text("utf-8")
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"cannot read the page {page}: {error}") from error
+    if not any(f"<!-- {name} -->" in text and f"<!-- /{name} -->" in text for name in PARTS):
+        raise UserError(
+            f"{page} has no marks; put <!-- steps --> and <!-- /steps --> where results of steps shall stand"
+        )
+    return text
+
+
+def fill_page(page: Path, sections: Mapping[str, str], out: Path) -> None:
+    """Fill a page of the user's, and copy figures and numbers to the folder of its name beside it."""
+    text, folder = check_page(page), page.with_suffix("")
+    folder.mkdir(exist_ok=True)
+    shown = {name: found for name, found in sections.items() if f"<!-- {name} -->" in text}
+    for name in shown:
+        for ending in ("svg", "json"):
+            shutil.copyfile(out / name / f"{name}.{ending}", folder / f"{name}.{ending}")
+    write_whole(page, fill(text, shown, f"{folder.name}/{{name}}").encode())
