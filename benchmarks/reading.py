@@ -13,14 +13,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from record_bytes import MODELS, sample
 
 from accvideo.data import dataset
 from accvideo.data.dataset import TrajectoryFolder
-from accvideo.data.manifest import Manifest
 from accvideo.data.pack import PackConfig, pack
 from accvideo.trajectory import TrajectoryBatch, trajectory_name, write_trajectory
 
@@ -31,12 +32,12 @@ from tests.test_trajectory import make_manifest  # noqa: E402
 
 def write_data_set(folder: Path, number: int) -> None:
     """Random trajectories of Wan's shapes."""
-    values = {"num_steps": 50, "num_student_steps": 5, "keypoints": list(range(0, 51, 10))}
-    manifest = Manifest(**vars(make_manifest(number)) | values | {"sigmas": [1 - i / 50 for i in range(51)]})
+    values: dict[str, Any] = {"num_steps": 50, "num_student_steps": 5, "keypoints": list(range(0, 51, 10))}
+    manifest = replace(make_manifest(number), sigmas=[1 - i / 50 for i in range(51)], **values)
     (folder / "manifest.json").write_text(manifest.to_json())
     one = sample(MODELS[0], 120)
     for index in range(number):
-        write_trajectory(folder, type(one)(**vars(one) | {"index": index}))
+        write_trajectory(folder, replace(one, index=index))
         print(f"\rwriting {trajectory_name(index)}", end="", file=sys.stderr)
     print(file=sys.stderr)
 
