@@ -120,6 +120,7 @@ def test_a_data_set_is_measured_and_gone_on_with(tmp_path: Path):
 
 
 def test_settings_without_sense_are_refused(tmp_path: Path):
-    for settings in ({"stretches": ()}, {"stretches": (-0.1,)}, {"beyond": 1.0}, {"num_followed": -1}):
+    wrong: list[dict[str, Any]] = [{"stretches": ()}, {"stretches": (-0.1,)}, {"beyond": 1.0}, {"num_followed": -1}]
+    for settings in wrong:
         with pytest.raises(UserError):
             CoverageConfig(data=tmp_path, out=tmp_path, **settings)
