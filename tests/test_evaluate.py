@@ -35,7 +35,7 @@ from accvideo.reporting.rows import (
 from accvideo.student import read_student_config
 from accvideo.types import UserError
 from tests.recorded import PROMPTS, record_tiny
-from tests.tiny import TINY_CALL, tiny_wan_i2v_pipeline, tiny_wan_pipeline
+from tests.tiny import TINY_CALL, tiny_mochi_pipeline, tiny_wan_i2v_pipeline, tiny_wan_pipeline
 
 ROWS = ["teacher", "teacher_few", "teacher_equal_calls", "teacher_equal_calls_other", "student"]
 METRICS = {
@@ -102,6 +102,31 @@ def test_report_keeps_the_contract(run: tuple[EvaluateConfig, dict[str, Any]]):
 def test_the_better_variant_at_equal_calls_gets_the_name(run: tuple[EvaluateConfig, dict[str, Any]]):
     rows = {row["name"]: row for row in run[1]["rows"]}
     assert not is_better(rows["teacher_equal_calls_other"], rows["teacher_equal_calls"])
+
+
+def test_rows_that_a_scheduler_cannot_make_are_left_out(tmp_path: Path):
+    """Mochi's own noise levels begin at two steps: a student of two has no rival of one guided step."""
+    tiny_mochi_pipeline().save_pretrained(tmp_path / "teacher")
+    (tmp_path / "prompts.txt").write_text("a dog")
+    steps: dict[str, Any] = {"num_steps": 4, "num_student_steps": 2, "guidance_scale": 3.0, "num_trajectories": 1}
+    sizes = ("height=32", "width=32", "num_frames=13", "max_sequence_length=16")
+    record(
+        RecordConfig(
+            teacher=str(tmp_path / "teacher"),
+            prompts=tmp_path / "prompts.txt",
+            out=tmp_path / "data",
+            pipeline_arg=sizes,
+            **steps,
+        )
+    )
+    settings: dict[str, Any] = {"num_iterations": 1, "num_validation": 0, "lora_rank": 1}
+    distill(DistillConfig(data=tmp_path / "data", out=tmp_path / "student", **settings))
+    config = EvaluateConfig(
+        student=str(tmp_path / "student"), out=tmp_path / "report", prompts=tmp_path / "prompts.txt", batch_size=1
+    )
+    assert [row["name"] for row in evaluate(config)["rows"]] == [*ROWS[:3], "student"]
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert page.count("<canvas") == 4 and "the teacher given 2 calls" in page
 
 
 def test_rows_share_their_noise(run: tuple[EvaluateConfig, dict[str, Any]]):

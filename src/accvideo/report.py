@@ -103,16 +103,18 @@ def title(report: Mapping[str, Any]) -> str:
 def headline(report: Mapping[str, Any]) -> str:
     """Title and the sentence that sums the numbers up."""
     rows = report["rows"]
-    teacher, equal, student = (row_named(rows, name) for name in ("teacher", "teacher_equal_calls", "student"))
+    teacher, student = row_named(rows, "teacher"), row_named(rows, "student")
+    equal = [row for row in rows if row["name"] == "teacher_equal_calls"]
     if student["metrics"]["all_right"] is None:
         name, verb = "latent_mse", "ends at a mean squared distance of {} from the teacher's own result"
-        result = f"From the same noise, the student {verb.format(_bold(name, student))}; "
-        result += f"the teacher given {equal['denoiser_calls']} calls, at {_bold(name, equal)}."
+        result = f"From the same noise, the student {verb.format(_bold(name, student))}"
+        result += "".join(f"; the teacher given {row['denoiser_calls']} calls, at {_bold(name, row)}" for row in equal)
+        result += "."
     else:
         result = (
             f"The student gets every property of its prompt right in {_bold('all_right', student)} of clips, the "
             f"teacher in {_bold('all_right', teacher)}, and the teacher given the student's "
-            f"{student['denoiser_calls']} calls in {_bold('all_right', equal)}."
+            f"{student['denoiser_calls']} calls in {_bold('all_right', equal[0])}."
         )
     names = f"{escape(str(report['student']))} distilled from {escape(str(report['teacher']))}"
     return (
