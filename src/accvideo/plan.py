@@ -1,9 +1,10 @@
 """What a preset takes in hours, memory and disk, before anything is downloaded.
 
-Operations and activations are counted on the meta device (`planning/cost.py`); seconds are operations over what a GPU achieves.
-docs/plan.md says what the three achieved shares were fitted on, and how far off the model is.
+Operations and activations are counted on the meta device (`planning/cost.py`); seconds are operations over what a GPU
+achieves. docs/plan.md says what the three achieved shares were fitted on, and how far off the model is.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -302,16 +303,17 @@ def video_seconds(preset: Preset, costs: VideoCosts, gpu: GpuModel, num_calls: i
 
 
 def trajectory_bytes(preset: Preset) -> int:
-    """Bytes of a trajectory's tensors on disk: K + 1 float32 states, and the arguments of the K calls.
+    """Bytes of a trajectory's tensors on disk: K + 1 states, and the arguments of the K calls.
 
-    Arguments are stored once, but for the timestep, which differs between the calls.
+    Arguments are stored once, but for the timestep, which differs between the calls; no prompt is padded.
     """
     call = preset.call()
     arguments = call.tensors | ({} if call.condition is None else {"hidden_states": call.condition})
     stored = sum(
         tensor.nbytes * (preset.num_student_steps if name == "timestep" else 1) for name, tensor in arguments.items()
     )
-    return meta(preset.num_student_steps + 1, *preset.state_shape, dtype=torch.float32).nbytes + stored
+    width = 2 if preset.narrow_states else 4
+    return (4 + preset.num_student_steps * width) * math.prod(preset.state_shape) + stored
 
 
 def distilling_bytes(sizes: Sizes, training: Cost, config: PlanConfig, base: str | None) -> dict[str, float]:

@@ -83,6 +83,8 @@ class Preset:
     """Tokens a prompt is padded to."""
     timestep_per_token: bool = False
     """Whether the denoiser is told a timestep for each token (Wan 2.2 TI2V)."""
+    narrow_states: bool = False
+    """Whether all states but one, such as the noise, are in the 16 bits of the denoiser: a file then has them so."""
 
     def __post_init__(self) -> None:
         self.check_size(self.height, self.width, self.num_frames)
@@ -224,6 +226,7 @@ HUNYUAN_544P = Preset(
     vae_tiling=True,
     text_encoders=(LLAMA_8B, CLIP_L),
     num_text_tokens=256,
+    narrow_states=True,
 )
 """The paper's teacher at the size that its student was trained at."""
 
@@ -341,6 +344,7 @@ PRESETS: dict[str, Preset] = {
         vae=Network("AutoencoderKLMochi"),
         text_encoders=(T5_XXL,),
         num_text_tokens=256,
+        narrow_states=True,
     ),
 }
 """The presets by the name that `--preset` knows."""
