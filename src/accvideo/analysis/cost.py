@@ -1,0 +1,421 @@
+"""What a student costs in denoiser evaluations, recording included, and how good it is: recipes side by side."""
+
+import math
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from accvideo.analysis.comparison import JUDGED, PAIRED
+from accvideo.analysis.figure import Panel, color, figure, markdown_table, spread_text, whisker
+from accvideo.analysis.folder import open_analysis, origin, settings_of, write_results
+from accvideo.analysis.students import Evaluation, distill_all, evaluate_kinds, scaled
+from accvideo.command import choose_device
+from accvideo.data.dataset import TrajectoryFolder
+from accvideo.data.manifest import MANIFEST
+from accvideo.folder import whole_folder
+from accvideo.generate import sample_clips
+from accvideo.inference.model import load_model
+from accvideo.playground.judge import judge
+from accvideo.playground.prompts import PromptsConfig, prompts
+from accvideo.playground.world import sample_prompts
+from accvideo.record import RecordConfig, record
+from accvideo.recording.solvers import Solver
+from accvideo.reporting.charts import Plot, log_ticks, nice_ticks
+from accvideo.reporting.wording import METRICS
+from accvideo.training.recipe import DistillConfig, paper
+from accvideo.trajectory import trajectory_name
+from accvideo.types import UserError
+
+TEACHER = "playground"
+
+STUDENT_STEPS = 5
+
+CALLS = 2
+"""Denoiser evaluations of a guided step."""
+
+PAPER_STEPS = 50
+"""Of Euler's method, by which the paper records."""
+
+PAPER = "paper"
+"""The recipe that the others are measured against."""
+
+QUARTER = 0.25
+"""The share of the paper recipe's evaluations that the default may take."""
+
+SCORES = ("all_right", "latent_mse")
+"""What a recipe is judged by: more is better; less is better."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostConfig:
+    """Records and distills by the paper's recipe and by the default one, with fewer and fewer records, and compares.
+
+    On the playground. Counts every denoiser evaluation that a student took, for one sample each: forward 1, backward 2
+    (1 where only the gradient of the input is wanted, in the discriminator's features). Says what is left to do and how
+    long it takes first. What is done is kept: the same command goes on where a killed run stopped.
+    """
+
+    out: Path
+    """Folder for records, students, numbers, table and figure."""
+    num_trajectories: int = 960
+    """Records of the paper's recipe."""
+    fractions: tuple[int, ...] = (1, 2, 4)
+    """The default recipe is tried with the whole, a half and a quarter of these records."""
+    solver: Solver = "adams2"
+    """Of the default recipe's recording."""
+    num_steps: int = 20
+    """Of the default recipe's recording."""
+    num_iterations: int = 800
+    """Of the default recipe; the adversarial half takes part in the last quarter."""
+    batch_size: int = 16
+    """Of the default recipe."""
+    lora_rank: int = 32
+    """Of the default recipe."""
+    paper_iterations: int = 1200
+    """Of the paper's recipe; the adversarial half takes part in all of them."""
+    paper_batch_size: int = 32
+    """Of the paper's recipe."""
+    paper_learning_rate: float = 2e-4
+    """Of the paper's recipe; its own 5e-6 is for 13 billion weights, and teaches the playground's student next to
+    nothing."""
+    num_seeds: int = 3
+    """Students of each recipe."""
+    num_prompts: int = 500
+    """Clips of each row."""
+    estimate: bool = False
+    """Say what is left to do and how long it takes, and stop."""
+    device: str = "auto"
+    """`auto` takes the accelerator if there is one."""
+
+    def __post_init__(self) -> None:
+        names = ("num_trajectories", "num_iterations", "batch_size", "lora_rank", "paper_iterations")
+        for name in (*names, "paper_batch_size", "num_seeds", "num_prompts"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if not self.fractions or not all(1 <= each <= self.num_trajectories for each in self.fractions):
+            raise UserError(f"fractions is {self.fractions}; give numbers from 1, what the records are divided by")
+        RecordConfig(
+            teacher=TEACHER, prompts=Path(), out=Path(), num_steps=self.num_steps, num_student_steps=STUDENT_STEPS
+        )
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A data set."""
+
+    solver: Solver
+    num_steps: int
+    num_trajectories: int
+
+    @property
+    def folder(self) -> str:
+        """Its name."""
+        return f"records-{self.solver}-{self.num_steps}-{self.num_trajectories}"
+
+    @property
+    def evaluations(self) -> int:
+        """Denoiser evaluations that it takes."""
+        return self.num_trajectories * self.num_steps * CALLS
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How students are made."""
+
+    name: str
+    recording: Recording
+    training: DistillConfig
+    """Without places and seed."""
+
+    def runs(self, cache: Path, num_seeds: int) -> list[DistillConfig]:
+        """The distillations, one a seed."""
+        folder, name = str(cache / self.recording.folder), self.name.replace(", ", "-").replace(" ", "-")
+        return [
+            replace(self.training, data=folder, out=cache / f"{name}-{seed}", seed=seed) for seed in range(num_seeds)
+        ]
+
+
+def cost(config: CostConfig) -> dict[str, Any]:
+    """Record, distill and evaluate what is missing, and write cost.json, .md and .svg.
+
+    Raises:
+        UserError: whatever the stages refuse.
+    """
+    settings = settings_of(config, ("out", "device", "estimate"))
+    recipes, device = plan_recipes(config), choose_device(config.device)
+    left = work_left(config, recipes, config.out / "cache")
+    if any(left.values()):
+        seconds = show_estimate(left, device)
+        if config.estimate:
+            return {"work": {name: asdict(each) for name, each in left.items()}, "seconds": seconds}
+    cache = open_analysis(config.out, settings)
+    cache.mkdir(exist_ok=True)
+    make_records(config, {recipe.recording for recipe in recipes}, cache, device)
+    distill_all([run for recipe in recipes for run in recipe.runs(cache, config.num_seeds)])
+    kinds = {recipe.name: [run.out for run in recipe.runs(cache, config.num_seeds)] for recipe in recipes}
+    evaluation = Evaluation(
+        out=cache / "report", num_prompts=config.num_prompts, prompts=None, seed=0, device=config.device
+    )
+    rows = {row["name"]: row for row in evaluate_kinds(kinds, evaluation)}
+    results = {
+        "command": "accvideo analyze cost --out DIR",
+        **origin(device),
+        "settings": settings,
+        "teacher": rows["teacher"],
+        "recipes": compare(
+            [
+                {
+                    "name": recipe.name,
+                    "num_trajectories": recipe.recording.num_trajectories,
+                    "recording": recipe.recording.evaluations,
+                    "training": training_evaluations(recipe.training),
+                    "recipe": {name: str(value) for name, value in asdict(recipe.training).items()},
+                    "metrics": rows[recipe.name]["metrics"],
+                }
+                for recipe in recipes
+            ]
+        ),
+    }
+    results["cheapest"] = cheapest(results["recipes"])
+    return write_results(config.out, "cost", results, cost_table(results), cost_figure(results["recipes"]))
+
+
+# What there is to do
+
+
+def plan_recipes(config: CostConfig) -> list[Recipe]:
+    """The paper's recipe; the default one on its records; and on records of another solver, fewer and fewer."""
+    whole = Recording("euler", PAPER_STEPS, config.num_trajectories)
+    as_published = replace(
+        paper("", Path()),
+        num_iterations=config.paper_iterations,
+        batch_size=config.paper_batch_size,
+        learning_rate=config.paper_learning_rate,
+        head_learning_rate=1e-3,
+        gradient_checkpointing=False,
+        device=config.device,
+    )
+    default = DistillConfig(
+        data="",
+        out=Path(),
+        num_iterations=config.num_iterations,
+        batch_size=config.batch_size,
+        lora_rank=config.lora_rank,
+        schedule="cosine",
+        adversarial_start=round(0.75 * config.num_iterations),
+        num_validation=0,
+        device=config.device,
+    )
+    recipes = [Recipe(PAPER, whole, as_published), Recipe("default, the paper's records", whole, default)]
+    for divisor in config.fractions:
+        recording = Recording(config.solver, config.num_steps, config.num_trajectories // divisor)
+        name = f"default, {recording.num_trajectories} records of {config.num_steps} steps"
+        recipes.append(Recipe(name, recording, default))
+    return recipes
+
+
+def iterations_of(config: DistillConfig) -> tuple[int, int]:
+    """Iterations without and with the adversarial half, which begins with a sweep of the key points."""
+    first = -(-config.adversarial_start // STUDENT_STEPS) * STUDENT_STEPS
+    judged = max(0, config.num_iterations - first) if config.adversarial_weight else 0
+    return config.num_iterations - judged, judged
+
+
+def training_evaluations(config: DistillConfig) -> int:
+    """Denoiser evaluations of a distillation without validation, for one sample each: forward 1, backward 2."""
+    plain, judged = iterations_of(config)
+    together = JUDGED if config.update == "shared" else PAIRED + JUDGED
+    first_look = 1 if config.adversarial_weight else 0  # by which the heads learn the width of the features
+    return config.batch_size * (plain * PAIRED + judged * together + first_look)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is left of a stage."""
+
+    evaluations: int
+    """Of the denoiser."""
+    clips: int = 0
+    """To be decoded and judged."""
+
+    def __bool__(self) -> bool:
+        return bool(self.evaluations or self.clips)
+
+
+def work_left(config: CostConfig, recipes: Sequence[Recipe], cache: Path) -> dict[str, Work]:
+    """By stage, what has not been done yet; an evaluation counts whole until it is done."""
+    recordings = {recipe.recording for recipe in recipes}
+    recorded = sum(
+        each.num_steps * CALLS * sum(not (cache / each.folder / trajectory_name(i)).exists() for i in range(most))
+        for each, most in ((each, each.num_trajectories) for each in largest(recordings))
+    )
+    runs = [run for recipe in recipes for run in recipe.runs(cache, config.num_seeds)]
+    trained = sum(training_evaluations(run) for run in runs if not (run.out / "student.json").exists())
+    # The teacher at all its steps; at the student's number with guidance, without, half as many with; and by UniPC.
+    teacher = CALLS * PAPER_STEPS + CALLS * STUDENT_STEPS + STUDENT_STEPS + STUDENT_STEPS // 2 * CALLS
+    num_rows, calls = 5 + len(runs), teacher + CALLS * STUDENT_STEPS + len(runs) * STUDENT_STEPS
+    clips = 0 if (config.out / "cost.json").exists() else config.num_prompts
+    return {
+        "recording": Work(recorded),
+        "distilling": Work(trained),
+        "evaluating": Work(clips * calls, clips * num_rows),
+    }
+
+
+def show_estimate(left: Mapping[str, Work], device: str) -> dict[str, float]:
+    """Say how long each stage will take on this machine, as it is loaded now; the seconds."""
+    call, clip = measure_speed(device)
+    seconds = {name: work.evaluations * call + work.clips * clip for name, work in left.items()}
+    print(
+        f"{1000 * call:.2f} ms an evaluation, {1000 * clip:.0f} ms a clip decoded and judged; about:", file=sys.stderr
+    )
+    for name, work in left.items():
+        print(f"  {name:10} {seconds[name] / 60:6.1f} min  {work.evaluations:,} evaluations", file=sys.stderr)
+    return seconds
+
+
+def measure_speed(device: str, batch_size: int = 16) -> tuple[float, float]:
+    """Seconds of a denoiser evaluation for one sample, and of decoding and judging a clip."""
+    model = load_model(TEACHER, device=device)
+    texts = sample_prompts(batch_size, 0, "train")
+    for num_steps in (1, 4):  # the first run allocates memory and chooses kernels
+        [clips] = sample_clips(model, texts, range(batch_size), num_steps=num_steps, batch_size=batch_size)
+        began = time.perf_counter()
+        judge(clips.frames, texts)
+        after = clips.seconds.decoding + time.perf_counter() - began
+        measured = clips.seconds.denoising / (num_steps * CALLS * batch_size), after / batch_size
+    return measured  # pyright: ignore[reportPossiblyUnboundVariable]
+
+
+def largest(recordings: set[Recording]) -> list[Recording]:
+    """Of recordings that differ in their number of trajectories only, the one that has the others in it."""
+    ways = {(each.solver, each.num_steps) for each in recordings}
+    return [
+        max(
+            (each for each in recordings if (each.solver, each.num_steps) == way),
+            key=lambda each: each.num_trajectories,
+        )
+        for way in sorted(ways)
+    ]
+
+
+def make_records(config: CostConfig, recordings: set[Recording], cache: Path, device: str) -> None:
+    """Record the largest data sets; the others are their beginnings."""
+    file = cache / "prompts.txt"
+    if not file.exists():
+        prompts(PromptsConfig(out=file, num=config.num_trajectories))
+    for whole in largest(recordings):
+        record(
+            RecordConfig(
+                teacher=TEACHER,
+                prompts=file,
+                out=cache / whole.folder,
+                solver=whole.solver,
+                num_steps=whole.num_steps,
+                teacher_num_steps=PAPER_STEPS,
+                num_student_steps=STUDENT_STEPS,
+                num_trajectories=whole.num_trajectories,
+                batch_size=min(16, whole.num_trajectories),
+                device=device,
+            )
+        )
+        for part in recordings:
+            if (part.solver, part.num_steps) == (whole.solver, whole.num_steps):
+                write_beginning(cache / whole.folder, part.num_trajectories, cache / part.folder)
+
+
+def write_beginning(data: Path, num_trajectories: int, out: Path) -> None:
+    """Write the first trajectories of a data set as one of their own, unless it is there."""
+    if (out / MANIFEST).exists():
+        return
+    manifest = replace(TrajectoryFolder(data).manifest, num_trajectories=num_trajectories)
+    with whole_folder(out) as folder:
+        for index in range(num_trajectories):
+            shutil.copyfile(data / trajectory_name(index), folder / trajectory_name(index))
+        (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
+
+
+# What came out
+
+
+def compare(recipes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The recipes with their sums and what sets them apart from the first, the paper's.
+
+    For each score the difference of the means, positive where a recipe is better, and its standard error over the
+    seeds; a recipe is as good where it is not worse by more than that.
+    """
+    first, rows = recipes[0], []
+    for recipe in recipes:
+        total = recipe["recording"] + recipe["training"]
+        row = {**recipe, "evaluations": total, "share": total / (first["recording"] + first["training"])}
+        for name, sign in zip(SCORES, (1, -1), strict=True):
+            own, theirs = recipe["metrics"][name], first["metrics"][name]
+            difference = sign * (statistics.fmean(own) - statistics.fmean(theirs))
+            error = math.hypot(standard_error(own), standard_error(theirs))
+            row[f"{name}_difference"] = {"mean": difference, "error": error, "as_good": difference + error >= 0}
+        rows.append(row)
+    return rows
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean of some values; 0 for a single one, which says nothing about it."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def cheapest(recipes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """By score, the recipe of fewest evaluations that is as good as the paper's, and whether a quarter is enough."""
+    found = {}
+    for name in SCORES:
+        best = min((row for row in recipes if row[f"{name}_difference"]["as_good"]), key=lambda row: row["evaluations"])
+        found[name] = {"recipe": best["name"], "share": best["share"], "within_a_quarter": best["share"] <= QUARTER}
+    return found
+
+
+def cost_table(results: Mapping[str, Any]) -> str:
+    """Evaluations and scores of all recipes in Markdown, and what follows."""
+    header = ["", "records", "recording", "training", "evaluations", "of the paper's, %"]
+    header += [f"{METRICS[name][0]}, {METRICS[name][1]}" for name in SCORES] + ["better than the paper's, points"]
+    lines = [
+        [row["name"], *(f"{row[key]:,}" for key in ("num_trajectories", "recording", "training", "evaluations"))]
+        + [f"{100 * row['share']:.1f}", *(spread_text(scaled(name, row["metrics"][name])) for name in SCORES)]
+        + [f"{100 * row['all_right_difference']['mean']:+.1f} ± {100 * row['all_right_difference']['error']:.1f}"]
+        for row in results["recipes"]
+    ]
+    settings, teacher = results["settings"], results["teacher"]["metrics"]["all_right"][0]
+    text = (
+        "Denoiser evaluations for one sample each: forward 1, backward 2 (1 where only the gradient of the input is "
+        f"wanted). Scores: mean and deviation of {settings['num_seeds']} students on {settings['num_prompts']} "
+        f"prompts; the teacher itself has {100 * teacher:.1f} % all right. Last column: difference of the means and "
+        f"its standard error.\n\n{markdown_table(header, lines)}"
+    )
+    for name, best in results["cheapest"].items():
+        text += (
+            f"\n{METRICS[name][0]}: the cheapest recipe that is not worse than the paper's by more than a standard "
+            f"error is *{best['recipe']}*, with {100 * best['share']:.1f} % of its evaluations"
+            f" ({'at most' if best['within_a_quarter'] else 'more than'} a quarter).\n"
+        )
+    return text
+
+
+def cost_figure(recipes: Sequence[Mapping[str, Any]]) -> str:
+    """Each score against all evaluations, a whisker a recipe."""
+    panels = []
+    ends = (min(row["evaluations"] for row in recipes) / 1.3, max(row["evaluations"] for row in recipes) * 1.3)
+    for name in SCORES:
+        values = [scaled(name, row["metrics"][name]) for row in recipes]
+        low, high = min(map(min, values)), max(map(max, values))
+        ticks = nice_ticks(low, high if high > low else low + 1)
+        plot = Plot(ends, (ticks[0], ticks[-1]), x_log=True)
+        marks = "".join(
+            whisker(plot, row["evaluations"], each, color(number))
+            for number, (row, each) in enumerate(zip(recipes, values, strict=True))
+        )
+        chart = plot.svg(marks, "denoiser evaluations (logarithmic)", ticks, log_ticks(*ends), METRICS[name][0])
+        keys = [(row["name"], color(number)) for number, row in enumerate(recipes)]
+        panels.append(Panel(METRICS[name][0], METRICS[name][1], chart, keys))
+    return figure(panels)
