@@ -9,6 +9,7 @@ import torch
 
 from accvideo.data.dataset import TrajectoryFolder
 from accvideo.distill import distill, measure
+from accvideo.export import ExportConfig, export
 from accvideo.flow import even_grid
 from accvideo.generate import GenerateConfig, generate
 from accvideo.inference.model import load_model
@@ -150,6 +151,14 @@ def test_two_denoisers_are_not_told_for_pipelines_choose_between_them_by_the_tim
     pipeline, _ = load_student(tmp_path / "student")
     told = [float(call.tensors["timestep"]) for call in folder[0].calls]
     assert pipeline.scheduler.timesteps.tolist() == pytest.approx(told)
+
+
+def test_other_programs_cannot_tell_such_a_student_how_far_to_go(folder: TrajectoryFolder, tmp_path: Path):
+    distill(config(folder, tmp_path / "student", 5, 1, num_iterations=1, adversarial_weight=0.0))
+    for form in ("lora", "comfyui", "original", "diffusers"):
+        with pytest.raises(UserError, match=r"several numbers of steps \(5, 1\)"):
+            export(ExportConfig(student=str(tmp_path / "student"), to=form, out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_validation_of_several_numbers_is_the_mean_of_each(folder: TrajectoryFolder, tmp_path: Path):

@@ -138,6 +138,12 @@ def check_target(config: ExportConfig, student: StudentConfig) -> None:
         UserError: it cannot.
     """
     full = student.lora_rank is None
+    if student.other_num_steps:
+        numbers = ", ".join(map(str, (student.num_steps, *student.other_num_steps)))
+        raise UserError(
+            f"{config.student} was trained for several numbers of steps ({numbers}) and is told by its timesteps how "
+            "far each step goes, which no other program does\nDistill one for each, with one --num-student-steps"
+        )
     if config.to in ("lora", "comfyui") and full and config.rank is None:
         raise UserError(
             f"{config.student} holds full weights; say of which rank the LoRA shall be, such as --rank 32\n"

@@ -161,6 +161,7 @@ def evaluate_number(
             "seconds_end_to_end": [row["seconds_end_to_end"] for row in members],
         }
         for kind, members in kinds.items()
+        if members  # some schedulers know no single step
     ]
 
 
