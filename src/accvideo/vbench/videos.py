@@ -44,7 +44,6 @@ def video_settings(model: Model, suite: Suite, making: Making) -> dict[str, Any]
     """All that the videos depend on, but for how many there are of one prompt."""
     acceleration = asdict(making.acceleration)
     return {
-        "model": model.name,
         "identity": model.identity,
         "prompts": digest(json.dumps([describe_prompt(prompt) for prompt in suite.prompts]).encode()),
         "names": digest(*dict.fromkeys(video.name.rpartition("-")[0].encode() for video in suite.videos)),
@@ -148,7 +147,7 @@ def join_folder(folder: Path, settings: dict[str, Any], claims: Claims) -> None:
             return
     old = read_settings(folder)
     if changed := [name for name in settings if old.get(name) != settings[name]]:
-        name = next((name for name in changed if name != "identity"), "identity")
+        name = changed[-1]  # the identity, first, says least
         raise UserError(
             f"{folder} holds videos of other settings: {name} {shorten(old.get(name))} -> {shorten(settings[name])}\n"
             "Give another --out, or delete it"
