@@ -207,6 +207,7 @@ def test_mistakes_are_told_first(run: tuple[EvaluateConfig, dict[str, Any]], tmp
 def test_command_line_makes_the_same_configuration():
     config = EvaluateConfig(
         student="my student", out=Path("report"), also=("a", "b"), num_prompts=7, prompts=Path("p.txt"), device="cpu",
+        vbench=True, vbench_teacher=True, vbench_texts=Path("t.txt"), vbench_flicker=25, fvd=Path("i3d.pt"),
         acceleration=Acceleration(compile=True, attention_backend="_native_math"),
     )  # fmt: skip
     words = shlex.split(command_line(config))

@@ -1,3 +1,4 @@
+import errno
 import json
 import multiprocessing
 import os
@@ -230,6 +231,20 @@ def test_what_another_worker_makes_is_left_to_it(model: Model, tmp_path: Path):
     assert list(tmp_path.glob("*.mp4")) and (tmp_path / ".batch-4.claim").exists()
     assert make(model, suite, tmp_path) == 15
     assert sorted(path.name for path in tmp_path.iterdir()) == ["settings.json", "videos"]
+
+
+def test_a_full_disk_leaves_nothing_half_written(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(path: Path, *_: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    suite = standard_suite(LISTING, None, 5)
+    with monkeypatch.context() as patched:
+        patched.setattr("accvideo.vbench.videos.write_video", fail)
+        with pytest.raises(UserError, match="No space left.*\n.*goes on from here"):
+            make(model, suite, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["settings.json", "videos"]
+    assert make(model, suite, tmp_path) == 15
 
 
 def test_images_of_prompts_reach_the_pipeline(tmp_path: Path, model: Model):

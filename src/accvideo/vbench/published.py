@@ -20,14 +20,13 @@ class Published:
     size: str
     """Height, width and frames."""
     source: str
-    is_student: bool
     scores: dict[str, float]
     """Percent: total, quality and semantic score, then the dimensions."""
 
 
 def _row(name: str, size: str, source: str, quality: Sequence[float], semantic: Sequence[float]) -> Published:
     scores = dict(zip([*SUMMARIES, *DIMENSIONS], [*quality, *semantic], strict=True))
-    return Published(name, size, source, name.startswith("AccVideo"), scores)
+    return Published(name, size, source, scores)
 
 
 LEADERBOARD = "VBench's leaderboard, in AccVideo's Table 2"

@@ -180,9 +180,19 @@ def sample_videos(model: Model, videos: Sequence[Video], making: Making) -> Clip
 def write_videos(
     folder: Path, claims: Claims, claim: str, videos: Sequence[Video], clips: ClipBatch, fps: int | float
 ) -> None:
-    """Write the videos of a batch, then give its claim back."""
+    """Write the videos of a batch, then give its claim back.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
     for video, frames in zip(videos, clips.frames, strict=True):
-        partial_file = folder / f"{video.item}{claims.writer}.mp4"
-        write_video(partial_file, frames, fps)
-        os.replace(partial_file, folder / "videos" / video.name)
+        unfinished = folder / f"{video.item}{claims.writer}.mp4"
+        try:
+            write_video(unfinished, frames, fps)
+            os.replace(unfinished, folder / "videos" / video.name)
+        except OSError as error:
+            unfinished.unlink(missing_ok=True)
+            raise UserError(
+                f"cannot write to {folder}: {error.strerror}\nThe same command goes on from here"
+            ) from error
     claims.release(claim)
