@@ -3,8 +3,11 @@
 import json
 import os
 import shutil
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -23,6 +26,7 @@ from accvideo.trajectory import read_trajectory, trajectory_name, write_trajecto
 from accvideo.types import UserError
 from tests.recorded import record_tiny
 from tests.test_trajectory import as_format_1
+from tests.test_workers import end_of, fork
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +214,30 @@ def test_an_interrupted_repair_goes_on(recorded, other, merged, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             repair(config)
     assert repair(config)["num_recorded"] == 0 and bytes_of(merged) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True])
+def test_killed_repairs_go_on(recorded, other, merged, tmp_path, packed):
+    """SIGKILL at six random moments of repairs, each begun where the last was; what comes out has the old bytes."""
+    files, random = (recorded / "prompts.txt", other / "prompts.txt"), Random(0)
+    if packed:
+        pack(PackConfig(data=str(merged), out=tmp_path / "shards", shard_size=30_000))
+    folder = tmp_path / ("shards" if packed else "data")
+    config, before, num_killed = RepairConfig(folder=folder, prompts=files), bytes_of(folder), 0
+    while num_killed < 6:
+        if packed:
+            for path in random.sample(sorted(folder.glob("*.tar")), 2):
+                damage(path, random.randrange(path.stat().st_size))
+        else:
+            break_some(folder)
+        for _ in range(2):
+            pid = fork(lambda: int(repair(config)["num_problems"]))
+            time.sleep(random.uniform(0.05, 0.7))
+            os.kill(pid, signal.SIGKILL)
+            num_killed += end_of(pid) == -signal.SIGKILL
+        assert repair(config)["problems"] == []
+        assert bytes_of(folder) == before
 
 
 @pytest.mark.parametrize(
