@@ -33,11 +33,17 @@ class Model:
     steps: torch.dtype
     """Of the states after the noise, as the pipeline's scheduler leaves them."""
     num_embeds: int
-    """Rows of prompt embeddings, padding included; where the call allows it, only the prompt's own are stored."""
+    """Rows of prompt embeddings, padding included."""
     width: int
     """Of a row."""
     image: tuple[tuple[int, ...], ...] = ()
     """Shapes of what an image adds to each call."""
+    padding_counts: bool = False
+    """Whether the denoiser sees the padding: then it is stored."""
+
+    def num_rows(self, num_tokens: int) -> int:
+        """Rows of prompt embeddings that are stored."""
+        return self.num_embeds if self.padding_counts else num_tokens
 
 
 WIDE, NARROW = torch.float32, torch.bfloat16
@@ -49,6 +55,7 @@ MODELS = (
     Model("HunyuanVideo, 544x960x93", (16, 24, 68, 120), WIDE, NARROW, 256, 4096),
     Model("HunyuanVideo 1.5, 480x848x121", (32, 31, 30, 53), NARROW, NARROW, 1000, 3584),
     Model("LTX-Video, 480x704x161", (128, 21, 15, 22), WIDE, WIDE, 128, 4096),
+    Model("Cosmos-Predict 2.5, 704x1280x93", (16, 24, 88, 160), WIDE, WIDE, 512, 28 * 3584, padding_counts=True),
 )
 
 
@@ -60,7 +67,7 @@ def sample(model: Model, num_tokens: int) -> Trajectory:
         return torch.randn(shape, generator=generator)
 
     embeds = torch.zeros(1, model.num_embeds, model.width, dtype=NARROW)
-    embeds[:, :num_tokens] = draw(1, num_tokens, model.width).to(NARROW)
+    embeds[:, : model.num_rows(num_tokens)] = draw(1, model.num_rows(num_tokens), model.width).to(NARROW)
     given = {f"image.{number}": draw(*shape).to(NARROW) for number, shape in enumerate(model.image)}
     calls = tuple(
         DenoiserCall(
@@ -97,7 +104,10 @@ def main() -> None:
     for model in MODELS:
         image = sum(2 * prod(shape) for shape in model.image)
         plain = 6 * prod(model.state) * 4 + 5 * (model.num_embeds * model.width * 2 + image)
-        size, own = written(sample(model, options.num_tokens)), options.num_tokens * model.width * 2 + image
+        size, own = (
+            written(sample(model, options.num_tokens)),
+            model.num_rows(options.num_tokens) * model.width * 2 + image,
+        )
         saved = own * (1 - 1 / options.num_seeds) / size
         print(f"{model.name} | {plain:,} | {size:,} = 1 / {plain / size:.1f} | {own:,} | {saved:.1%}")
 
