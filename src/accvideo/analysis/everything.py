@@ -14,6 +14,7 @@ from typing import Any
 
 from accvideo.analysis.ablation import BEYOND, FIGURE_7, FRACTIONS
 from accvideo.analysis.comparison import JUDGED, METHODS, PAIRED
+from accvideo.analysis.cost import CostConfig, plan_recipes, work_left
 from accvideo.analysis.coverage import NUM_FOLLOWED_LEVELS
 from accvideo.analysis.folder import open_analysis
 from accvideo.analysis.keypoints import write_part
@@ -93,6 +94,8 @@ class Sizes:
     solver_prompts: int = 16
     solver_steps: tuple[int, ...] = (10, 15, 20, 25, 50)
     reference_steps: int = 500
+    cost: tuple[int, int, int, int] = (960, 800, 1200, 32)
+    """Records, iterations, and the paper's iterations and batch size, of the comparison of costs."""
 
     @property
     def recording(self) -> int:
@@ -121,6 +124,7 @@ SHORT = Sizes(
     solver_prompts=2,
     solver_steps=(10,),
     reference_steps=20,
+    cost=(4, 5, 5, 2),
 )
 
 
@@ -267,6 +271,26 @@ def solvers_part(sizes: Sizes, place: Place) -> Part:
     return Part(arguments, Work(CALLS * steps).times(sizes.solver_prompts))
 
 
+def cost_part(sizes: Sizes, place: Place) -> Part:
+    """What students cost; it counts for itself what is left."""
+    records, iterations, paper_iterations, paper_batch = sizes.cost
+    config = CostConfig(
+        out=place.out / "cost",
+        num_trajectories=records,
+        num_iterations=iterations,
+        paper_iterations=paper_iterations,
+        paper_batch_size=paper_batch,
+        batch_size=sizes.batch_size,
+        num_seeds=sizes.num_seeds,
+        num_prompts=sizes.num_prompts,
+    )
+    left = work_left(config, plan_recipes(config), config.out / "cache").values()
+    names = ("num_trajectories", "num_iterations", "paper_iterations", "paper_batch_size")
+    names += ("batch_size", "num_seeds", "num_prompts")
+    arguments = words(*((f"--{name.replace('_', '-')}", getattr(config, name)) for name in names))
+    return Part(arguments, Work(sum(each.evaluations for each in left), sum(each.clips for each in left)))
+
+
 PLAYGROUND = "playground"
 
 PARTS: dict[str, Callable[[Sizes, Place], Part]] = {
@@ -277,6 +301,7 @@ PARTS: dict[str, Callable[[Sizes, Place], Part]] = {
     "ablation": ablation_part,
     "baselines": baselines_part,
     "steps": steps_part,
+    "cost": cost_part,
 }
 """By the name of the command `accvideo analyze NAME`, in the order in which they run. A new analysis takes a line here
 and a function that says what it is asked for and how much that is."""
