@@ -85,15 +85,15 @@ class TrainConfig:
     """Peak learning rate of the autoencoder."""
     kl_weight: float = 1e-4
     """Weight of the mean KL divergence of a latent number (in nats) against the mean pixel error."""
-    refine_iterations: int = 20_000
+    refine_iterations: int = 10_000
     """Further updates of the autoencoder, its latents held where they are."""
-    refine_batch_size: int = 12
+    refine_batch_size: int = 32
     """Clips in one of these updates."""
     refine_learning_rate: float = 3e-3
     """Peak learning rate of the kernels (Muon) in these updates; a tenth of it is that of other weights (Adam)."""
-    refine_hold: float = 0.05
+    refine_hold: float = 0.03
     """Weight of the mean squared distance of the latents from where they were, in their standard deviations."""
-    denoiser_iterations: int = 20_000
+    denoiser_iterations: int = 30_000
     """Updates of the denoiser and the text encoder."""
     denoiser_batch_size: int = 512
     """Clips in one update of the denoiser."""
@@ -109,7 +109,7 @@ class TrainConfig:
     """Encoded clips kept at hand; every 256 updates a block of new ones replaces the oldest."""
     pool_block: int = 1024
     """Clips drawn and encoded at once."""
-    pool_start: int = 65_536
+    pool_start: int = 131_072
     """Clips encoded before the first update of the denoiser."""
     seed: int = 0
     """Seed of the weights, the clips and the noise."""
