@@ -9,6 +9,7 @@ import pytest
 from accvideo.analysis.steps import (
     ALL_STEPS,
     KINDS,
+    NOT_TOLD,
     ONE_EACH,
     ONE_FOR_ALL,
     StepsConfig,
@@ -24,13 +25,19 @@ from tests.recorded import PROMPTS, record_tiny
 
 def test_the_student_for_all_numbers_gets_as_many_iterations_for_each_as_a_student_of_its_own():
     config = StepsConfig(data="data", out=Path("out"), num_student_steps=(1, 4, 10), num_seeds=2, num_iterations=50)
-    plan = plan_runs(config)
-    assert list(plan) == [1, 4, 10, None]
-    assert {run.num_iterations for number in (1, 4, 10) for run in plan[number]} == {50}
-    assert [(run.num_student_steps, run.num_iterations) for run in plan[None]] == [((1, 4, 10), 150)] * 2
-    assert [run.adversarial_start for run in (plan[4][0], plan[None][0])] == [30, 90]
-    outs = [run.out for runs in plan.values() for run in runs]
-    assert len(set(outs)) == len(outs) == 8 and [run.seed for run in plan[4]] == [0, 1]
+    plan = plan_runs(config, Path("cache"))
+    assert list(plan) == [1, 4, 10]
+    own = [run for kinds in plan.values() for run in kinds[ONE_EACH]]
+    assert {run.num_iterations for run in own} == {50} and len(own) == 6
+    assert [run.num_student_steps for run in own[::2]] == [(1,), (4,), (10,)]
+    for kind, is_told in ((ONE_FOR_ALL, True), (NOT_TOLD, False)):
+        runs = plan[4][kind]
+        assert runs == plan[10][kind] and [run.seed for run in runs] == [0, 1]
+        settings = {(run.num_student_steps, run.num_iterations, run.tell_size) for run in runs}
+        assert settings == {((1, 4, 10), 150, is_told)}
+    assert [plan[4][kind][0].adversarial_start for kind in (ONE_EACH, ONE_FOR_ALL)] == [30, 90]
+    outs = {run.out for kinds in plan.values() for runs in kinds.values() for run in runs}
+    assert len(outs) == 2 * (3 + 2)
 
 
 def made_up_rows(numbers: tuple[int, ...], with_judge: bool = True) -> list[dict[str, Any]]:
@@ -44,7 +51,7 @@ def made_up_rows(numbers: tuple[int, ...], with_judge: bool = True) -> list[dict
             "metrics": metrics, **seconds,
         }  # fmt: skip
 
-    rows = [row(kind, number, number, 3 if "student" in kind else 1) for number in numbers for kind in KINDS]
+    rows = [row(kind, number, number, 1 if "teacher" in kind else 3) for number in numbers for kind in KINDS]
     return [row(ALL_STEPS, numbers[0], 50, 1), *rows]
 
 
@@ -74,7 +81,7 @@ def test_students_are_distilled_from_one_recording_and_evaluated_beside_the_teac
     by_kind = {(row["name"], row["num_student_steps"]): row for row in results["rows"]}
     assert set(by_kind) == {(kind, number) for kind in KINDS for number in (1, 3)} | {(ALL_STEPS, 1)}
     assert by_kind[ALL_STEPS, 1]["denoiser_calls"] == 20
-    for kind in (ONE_EACH, ONE_FOR_ALL):
+    for kind in (ONE_EACH, ONE_FOR_ALL, NOT_TOLD):
         assert [by_kind[kind, number]["denoiser_calls"] for number in (1, 3)] == [1, 3]
         assert [by_kind[kind, number]["num_steps"] for number in (1, 3)] == [1, 3]
     assert [by_kind["teacher, guided", number]["denoiser_calls"] for number in (1, 3)] == [2, 6]
@@ -84,7 +91,10 @@ def test_students_are_distilled_from_one_recording_and_evaluated_beside_the_teac
     assert (both.num_steps, both.other_num_steps, own.num_steps, own.other_num_steps) == (1, [3], 3, [])
     sigmas = json.loads((tmp_path / "data/manifest.json").read_text())["sigmas"]
     assert own.sigmas == pytest.approx([sigmas[point] for point in (0, 3, 7, 10)])
-    assert set(results["seconds"]) == {"steps-1-0", "steps-3-0", "all-0"} and min(results["seconds"].values()) > 0
+    assert (
+        set(results["seconds"]) == {"steps-1-0", "steps-3-0", "all-0", "all-not-told-0"}
+        and min(results["seconds"].values()) > 0
+    )
     assert steps(config)["rows"] == results["rows"]
     written = {path.name for path in (tmp_path / "out").glob("steps.*")}
     assert written == {"steps.json", "steps.md", "steps.svg"}

@@ -145,6 +145,15 @@ def test_only_a_student_of_several_numbers_is_told_how_far_a_step_goes(folder: T
     assert not torch.allclose(told[0], plain, atol=1e-5) and not torch.allclose(told[0], told[1], atol=1e-5)
 
 
+def test_a_student_that_is_not_told_gets_the_teachers_own_timesteps(folder: TrajectoryFolder, tmp_path: Path):
+    sweeps = student_sweeps(5, [2, 1], tell_size=False)
+    assert not any(step.is_told for sweep in sweeps for step in sweep)
+    distill(config(folder, tmp_path / "student", 2, 1, tell_size=False, num_iterations=3, adversarial_weight=0.0))
+    scheduler = load_student(tmp_path / "student")[0].scheduler
+    told = [float(folder[0].calls[point].tensors["timestep"]) for point in even_grid(5, 2)[:-1]]
+    assert scheduler.timesteps.tolist() == pytest.approx(told)
+
+
 def test_two_denoisers_are_not_told_for_pipelines_choose_between_them_by_the_timestep(tmp_path: Path):
     folder = record_tiny(tmp_path, experts=2)
     distill(config(folder, tmp_path / "student", 5, 1, num_iterations=6, adversarial_weight=0.0))

@@ -85,7 +85,7 @@ def train(
     optimizer, head_optimizer = training.student_optimizer, training.head_optimizer
     adversarial = ADVERSARIAL_LOSSES[config.adversarial_loss]
     alternating, shared = config.update == "alternating", config.update == "shared"
-    sweeps = student_sweeps(len(sigmas) - 1, config.num_student_steps)
+    sweeps = student_sweeps(len(sigmas) - 1, config.num_student_steps, config.tell_size)
     clip = config.max_gradient_norm
     stream = batches(training.iteration)
     if held_out and training.iteration == 0:
@@ -197,7 +197,8 @@ def validate(
     config: DistillConfig, training: Training, held_out: Sequence[TrajectoryBatch], sigmas: Sigmas
 ) -> dict[str, Any]:
     """Measure the student on trajectories it is not trained on, and remember it if it is the best so far."""
-    result = measure(training, held_out, sigmas, student_sweeps(len(sigmas) - 1, config.num_student_steps))
+    sweeps = student_sweeps(len(sigmas) - 1, config.num_student_steps, config.tell_size)
+    result = measure(training, held_out, sigmas, sweeps)
     error = result["latent_error"]
     training.num_since_best += 1
     if training.best_error is None or error < training.best_error:
@@ -306,7 +307,8 @@ def distill_together(config: DistillConfig) -> dict[str, Any]:
     if rank() == 0:
         lora_rank = None if config.full else config.lora_rank
         recipe = {name: value for name, value in settings(config).items() if name not in PLACES}
-        made = student_config(manifest, next(batches(0)).calls, lora_rank, recipe, config.num_student_steps)
+        calls = next(batches(0)).calls
+        made = student_config(manifest, calls, lora_rank, recipe, config.num_student_steps, config.tell_size)
         save_student(config.out, training.student, made, last_validation(metrics_path))
     wait_for_all()
     seconds, last = time.perf_counter() - began, last_validation(metrics_path)

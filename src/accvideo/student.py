@@ -424,6 +424,7 @@ def student_config(
     lora_rank: int | None,
     recipe: dict[str, Any],
     num_student_steps: Sequence[int] = (),
+    tell_size: bool = True,
 ) -> StudentConfig:
     """The configuration of a student of the recorded teacher.
 
@@ -433,6 +434,7 @@ def student_config(
         lora_rank: None for full weights.
         recipe: how the student was distilled.
         num_student_steps: numbers of steps it was trained for, the usual one first; none: as recorded.
+        tell_size: whether, with several numbers, its denoiser is told how far a step goes.
     """
     if num_student_steps:
         configs = []
@@ -441,7 +443,7 @@ def student_config(
             keypoints = [manifest.keypoints[point] for point in points]
             part = replace(manifest, keypoints=keypoints, num_student_steps=number)
             configs.append(student_config(part, [calls[point] for point in points[:-1]], lora_rank, recipe))
-        return joined(configs, is_told=len(manifest.fingerprints) == 1)
+        return joined(configs, is_told=tell_size and len(manifest.fingerprints) == 1)
     timesteps = [scheduler_timestep(*pair) for pair in zip(calls, manifest.key_sigmas.tolist(), strict=False)]
     guidance_scale, pipeline_args = unguided(manifest)
     scheduler: Any = student_scheduler(manifest, timesteps)

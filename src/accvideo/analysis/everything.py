@@ -241,10 +241,10 @@ def baselines_part(sizes: Sizes, place: Place) -> Part:
 def steps_part(sizes: Sizes, place: Place) -> Part:
     """Students against their number of steps."""
     numbers = sizes.num_student_steps
-    # One for each number, and one for all with as many iterations as these together.
-    iterations = 2 * len(numbers) * sizes.num_iterations
+    # One for each number, and two kinds of one for all with as many iterations as these together.
+    iterations = 3 * len(numbers) * sizes.num_iterations
     trained = Work(iterations * sizes.batch_size * (PAIRED + ADVERSARIAL * JUDGED))
-    tested = Work(2 * sum(numbers), 2 * len(numbers)).times(sizes.num_prompts)
+    tested = Work(3 * sum(numbers), 3 * len(numbers)).times(sizes.num_prompts)
     arguments = words(place.data, "--num-student-steps", numbers, *student_arguments(sizes))
     found = place.out / "baselines" / "baselines.json"
     return Part(

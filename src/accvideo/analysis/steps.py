@@ -30,13 +30,16 @@ SHOWN = ("all_right", "rerender_psnr_db", "diversity_distance", "latent_mse", "t
 ALL_STEPS = "teacher, all steps"
 ONE_EACH = "a student for each"
 ONE_FOR_ALL = "one student for all"
-KINDS = (ONE_EACH, ONE_FOR_ALL, "teacher, guided", "teacher, equal calls", "teacher, UniPC")
+NOT_TOLD = "one for all, not told how far"
+KINDS = (ONE_EACH, ONE_FOR_ALL, NOT_TOLD, "teacher, guided", "teacher, equal calls", "teacher, UniPC")
 """What is compared at each number of steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepsConfig:
     """Distills a student for each number of steps and one for all of them, and evaluates them beside the teacher.
+
+    Of the one for all there are two kinds: told by its timestep how far a step goes, and not told.
 
     From one recording, from whose key points each takes those that lie evenly; record every state for the best fit
     (`accvideo record ... --num-steps 50 --num-student-steps 50`). Starts from the preset `playground`. Finished
@@ -52,7 +55,7 @@ class StepsConfig:
     num_seeds: int = 3
     """Students of each kind."""
     num_iterations: int = 200
-    """Iterations of a student for one number; the one for all takes as many as the others together. The adversarial
+    """Iterations of a student for one number; one for all takes as many as these together. The adversarial
     half takes part from 60 % of them on."""
     batch_size: int = 16
     """Trajectories an iteration."""
@@ -83,18 +86,13 @@ def steps(config: StepsConfig) -> dict[str, Any]:
     methods = [] if config.baselines is None else read_baselines(config.baselines)
     settings = settings_of(config, ("out", "device", "baselines"))
     cache = open_analysis(config.out, settings)
-    runs = {kind: [replace(run, out=cache / run.out) for run in members] for kind, members in plan_runs(config).items()}
-    seconds = distill_all([run for members in runs.values() for run in members])
+    plan = plan_runs(config, cache)
+    runs = {run.out: run for kinds in plan.values() for members in kinds.values() for run in members}
+    seconds = distill_all(list(runs.values()))
     evaluation = Evaluation(
         out=cache / "report", num_prompts=config.num_prompts, prompts=config.prompts, seed=0, device=config.device
     )
-    rows = [
-        row
-        for number in config.num_student_steps
-        for row in evaluate_number(
-            number, [run.out for run in runs[number]], [run.out for run in runs[None]], evaluation
-        )
-    ]
+    rows = [row for number, kinds in plan.items() for row in evaluate_number(number, kinds, evaluation)]
     # The teacher at all its steps stands beside each number; once is enough.
     rows = [row for row in rows if row["name"] != ALL_STEPS or row["num_student_steps"] == config.num_student_steps[0]]
     results = {
@@ -108,33 +106,36 @@ def steps(config: StepsConfig) -> dict[str, Any]:
     return write_results(config.out, "steps", results, steps_table(results), steps_figure(results))
 
 
-def plan_runs(config: StepsConfig) -> dict[int | None, list[DistillConfig]]:
-    """The configurations of all students by number of steps (None: all of them), one a seed; folders are relative."""
+def plan_runs(config: StepsConfig, cache: Path) -> dict[int, dict[str, list[DistillConfig]]]:
+    """The configurations of all students by number of steps and kind, one a seed; one for all stands at each number."""
     base = replace(
         playground(config.data, Path()), batch_size=config.batch_size, num_validation=0, device=config.device
     )
 
-    def runs(numbers: tuple[int, ...], name: str) -> list[DistillConfig]:
+    def runs(name: str, *numbers: int, tell_size: bool = True) -> list[DistillConfig]:
         num_iterations = config.num_iterations * len(numbers)
         run = replace(
             base,
             num_student_steps=numbers,
+            tell_size=tell_size,
             num_iterations=num_iterations,
             adversarial_start=round(0.6 * num_iterations),
         )
-        return [replace(run, seed=seed, out=Path(f"{name}-{seed}")) for seed in range(config.num_seeds)]
+        return [replace(run, seed=seed, out=cache / f"{name}-{seed}") for seed in range(config.num_seeds)]
 
-    each: dict[int | None, list[DistillConfig]] = {
-        number: runs((number,), f"steps-{number}") for number in config.num_student_steps
+    for_all = {
+        ONE_FOR_ALL: runs("all", *config.num_student_steps),
+        NOT_TOLD: runs("all-not-told", *config.num_student_steps, tell_size=False),
     }
-    return each | {None: runs(config.num_student_steps, "all")}
+    return {number: {ONE_EACH: runs(f"steps-{number}", number), **for_all} for number in config.num_student_steps}
 
 
 def evaluate_number(
-    number: int, students: Sequence[Path], for_all: Sequence[Path], evaluation: Evaluation
+    number: int, students: Mapping[str, Sequence[DistillConfig]], evaluation: Evaluation
 ) -> list[dict[str, Any]]:
-    """The rows at one number of steps: the teacher's and both kinds of students, summed up over seeds."""
-    config, student = evaluation.of(students[0]), read_student_config(students[0])
+    """The rows at one number of steps: the teacher's and all kinds of students, summed up over seeds."""
+    own_student = students[ONE_EACH][0].out
+    config, student = evaluation.of(own_student), read_student_config(own_student)
     device, task = choose_device(config.device), task_of(config, student)
     open_folder(config.out)
     with progress_bar() as progress:
@@ -146,10 +147,7 @@ def evaluate_number(
             plan = Plan(folder.name, number, model.guidance_scale, is_teacher=False)
             return make_row(model, plan, task, run_row(model, plan, task, key, progress))
 
-        own = {
-            ONE_EACH: [student_row(folder) for folder in students],
-            ONE_FOR_ALL: [student_row(folder) for folder in for_all],
-        }
+        own = {kind: [student_row(run.out) for run in runs] for kind, runs in students.items()}
     names = {ALL_STEPS: "teacher", "teacher, guided": "teacher_few", "teacher, equal calls": "teacher_equal_calls"}
     kinds = {kind: [row for row in rows if row["name"] == name] for kind, name in names.items()}
     kinds |= {"teacher, UniPC": [unipc_row(config)], **own}

@@ -34,6 +34,8 @@ class DistillConfig:
     num_student_steps: tuple[int, ...] = ()
     """Steps K of the student, from key point to key point, which are spaced evenly among the recorded ones; several
     numbers: one student that takes any of them, the first unless asked. None given: all recorded key points."""
+    tell_size: bool = True
+    """Tell a student of several numbers of steps, by its timestep, how far each step goes."""
     num_iterations: int = 400
     """Iterations; each trains one step, from noise to video and around again, on one batch."""
     batch_size: int = 16

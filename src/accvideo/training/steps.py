@@ -42,25 +42,28 @@ Sweep = Sequence[Step]
 """The student's steps from noise to video."""
 
 
-def student_sweeps(num_keypoint_steps: int, num_student_steps: Sequence[int]) -> list[Sweep]:
+def student_sweeps(
+    num_keypoint_steps: int, num_student_steps: Sequence[int] = (), tell_size: bool = True
+) -> list[Sweep]:
     """The student's sweep for each of its numbers of steps.
 
     Args:
         num_keypoint_steps: steps from each recorded key point to the next.
         num_student_steps: the numbers of steps; none: as recorded.
+        tell_size: whether, with several numbers, the denoiser is told how far a step goes.
 
     Raises:
         UserError: a number is not from 1 to that of the recorded steps.
     """
     grids = [even_grid(num_keypoint_steps, number) for number in num_student_steps or (num_keypoint_steps,)]
-    return [[Step(start, end, is_told=len(grids) > 1) for start, end in pairwise(grid)] for grid in grids]
+    is_told = tell_size and len(grids) > 1
+    return [[Step(start, end, is_told) for start, end in pairwise(grid)] for grid in grids]
 
 
 def step_of_iteration(sweeps: Sequence[Sweep], iteration: int) -> tuple[int, Step]:
     """The step that an iteration trains, and its place among all steps.
 
-    One sweep comes after the other, so that all steps are trained equally often. (Students of 1, 2 and 5 steps whose
-    numbers took turns, each with as many iterations as the others, were better at 1 step and worse at 2 and 5.)
+    One sweep comes after the other, so that all steps are trained equally often.
     """
     steps = [step for sweep in sweeps for step in sweep]
     return iteration % len(steps), steps[iteration % len(steps)]
