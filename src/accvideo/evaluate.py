@@ -61,7 +61,7 @@ class EvaluateConfig:
     seed: int = 0
     """Seed of prompts and noise."""
     num_steps: int | None = None
-    """Steps of the teacher; by default as many as were recorded."""
+    """Steps of the teacher; by default as many as were recorded, or `record --teacher-num-steps`."""
     batch_size: int | None = None
     """Clips denoised together; 16 by default for the playground, else 1."""
     dtype: Dtype = "float32"

@@ -311,7 +311,7 @@ def solvers_figure(rows: Sequence[Mapping[str, Any]]) -> str:
     short = [row for row in rows if row["num_steps"] == middle]
     points = {
         row["solver"]: [(k, value) for k, value in enumerate(row["to_reference"]["mean"], 1) if value is not None]
-        for row in [*short, rows[0] | {"solver": f"euler, {EULER_STEPS}"}]
+        for row in [*short, {**rows[0], "solver": f"euler, {EULER_STEPS}"}]
     }
     return figure(
         [
