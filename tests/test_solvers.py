@@ -139,6 +139,24 @@ def test_eulers_steps_are_the_same_whatever_the_scheduler(scheduler: str):
         assert torch.equal(euler_step(step.state, step.velocity, step.sigma, step.next_sigma), after)  # pyright: ignore
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_recorded_states_follow_the_trapezoidal_rule_in_every_family(family: str):
+    """With rising sigmas, doubled batches, packed states, given images, two experts: between any two states."""
+    make, arguments = TINY_FAMILIES[family]
+    pipeline = make()
+    with watch(pipeline, solve=solver_step("adams2")) as seen:
+        pipeline(prompt="red", num_inference_steps=5, output_type="latent", **arguments)
+    assert seen.final is not None and len(seen.steps) == 5
+    for here, there in zip(seen.steps, seen.steps[1:], strict=False):
+        mean = (here.velocity + there.velocity) / 2
+        torch.testing.assert_close(there.state, euler_step(here.state, mean, here.sigma, there.sigma))
+    before, last = seen.steps[-2:]
+    bend = (last.velocity - before.velocity) / (last.sigma - before.sigma)
+    middle = last.velocity + (last.next_sigma - last.sigma) / 2 * bend
+    torch.testing.assert_close(seen.final, euler_step(last.state, middle, last.sigma, last.next_sigma))
+
+
 def test_another_solver_admits_no_other_schedulers():
     """The rule is checked on the scheduler's own step: that of a model of another kind would look like Euler's."""
     pipeline = tiny_wan_pipeline()
