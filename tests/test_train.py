@@ -113,6 +113,27 @@ def test_going_on_keeps_the_latents_and_the_denoiser(tmp_path: Path, teacher: Wa
             torch.testing.assert_close(weight, other, rtol=0, atol=5e-3)
 
 
+def test_refining_the_decoder_alone_leaves_latents_and_denoiser_as_they_are(tmp_path: Path, teacher: WanPipeline):
+    config = replace(tiny_config(tmp_path / "on"), start_from="playground", denoiser_iterations=0, refine_encoder=False)
+    train.train(config)
+    after = WanPipeline.from_pretrained(tmp_path / "on" / "teacher", dtype=torch.float32)
+    for part in ("transformer", "text_encoder", "vae"):
+        for (name, old), new in zip(
+            getattr(teacher, part).named_parameters(), getattr(after, part).parameters(), strict=True
+        ):
+            decodes = part == "vae" and name.startswith(("decoder", "post_quant_conv"))
+            assert torch.equal(old, new) == (not decodes), name
+
+
+def test_a_third_of_hard_scenes_show_a_star_or_a_cross_that_spins():
+    scenes = train.hard_scenes(60, torch.Generator().manual_seed(0))
+    captions = world.captions_of(scenes.requests)
+    hard = [caption for caption in captions if "star spins" in caption or "cross spins" in caption]
+    assert len(captions) == 60 and len(set(captions)) == 60
+    assert 20 <= len(hard) <= 24
+    assert not scenes.requests.held_out().any()
+
+
 def test_a_start_from_another_kind_of_teacher_is_refused(tmp_path: Path):
     tiny_wan_pipeline().save_pretrained(tmp_path / "wan")
     with pytest.raises(UserError, match="not a teacher of the playground"):

@@ -93,6 +93,10 @@ class TrainConfig:
     """Peak learning rate of the kernels (Muon) in these updates; a tenth of it is that of other weights (Adam)."""
     refine_hold: float = 0.03
     """Weight of the mean squared distance of the latents from where they were, in their standard deviations."""
+    refine_encoder: bool = True
+    """Train the encoder in these updates too; without it the latents stay, and so do denoiser, records and students."""
+    refine_noise: float = 0.2
+    """Most noise on the latents that the decoder is given, in their standard deviations; drawn for each clip."""
     denoiser_iterations: int = 30_000
     """Updates of the denoiser and the text encoder."""
     denoiser_batch_size: int = 512
@@ -258,6 +262,22 @@ def draw_weighted(scenes: world.Scenes) -> tuple[Tensor, Tensor]:
     return world.draw(scenes) * 2 - 1, weight / weight.mean()
 
 
+def hard_scenes(num: int, generator: torch.Generator) -> world.Scenes:
+    """Clips of the training split, of which a third show a star or a cross that spins.
+
+    These are what an autoencoder that packs four frames into one finds hardest; of all clips one in eighteen is such.
+    """
+    scenes = world.random_scenes(8 * num, generator)
+    requests, stars = scenes.requests, [world.SHAPES.index(name) for name in ("star", "cross")]
+    spins = (requests.motion == world.MOTIONS.index("spins")) & torch.isin(
+        requests.shape, requests.shape.new_tensor(stars)
+    )
+    spins[:, 1] &= requests.count > 1
+    order = torch.argsort(spins.any(1).int(), descending=True, stable=True)
+    hard = min(num // 3, int(spins.any(1).sum()))
+    return scenes[torch.cat([order[:hard], order[len(order) - num + hard :]])]
+
+
 def pixel_loss(error: Tensor, weight: Tensor) -> Tensor:
     """Weighted L1 and L2 error of pixels in [-1, 1]."""
     return (weight * (error.abs() + 4 * error.square())).mean()
@@ -365,8 +385,11 @@ def refine_vae(config: TrainConfig, vae: AutoencoderKLWan, device: torch.device)
     """
     old: Any = copy.deepcopy(vae).requires_grad_(False)
     vae.requires_grad_(True)
-    weights = list(vae.parameters())
-    averages = {"vae": {name: weight.detach().clone() for name, weight in vae.named_parameters()}}
+    for part in (vae.encoder, vae.quant_conv):
+        part.requires_grad_(config.refine_encoder)
+    trained = {name: weight for name, weight in vae.named_parameters() if weight.requires_grad}
+    weights = list(trained.values())
+    averages = {"vae": {name: weight.detach().clone() for name, weight in trained.items()}}
     averaged = list(averages["vae"].values())
     optimizer = _muon([w for w in weights if w.ndim >= 4], [w for w in weights if w.ndim < 4])
     checkpoint = _Checkpoint(config.out / "refined", {"vae": vae}, optimizer, averages)
@@ -377,7 +400,7 @@ def refine_vae(config: TrainConfig, vae: AutoencoderKLWan, device: torch.device)
             with torch.no_grad():
                 held = old.encode(clips).latent_dist.mean.float()
             latents = vae.encode(clips).latent_dist.mean.float()  # type: ignore[union-attr]
-            decoded = vae.decode(latents + 0.03 * std * noise).sample  # type: ignore[union-attr]
+            decoded = vae.decode(latents + std * noise).sample  # type: ignore[union-attr]
         error, moved = decoded.float() - clips, ((latents - held) / std).square().mean()
         optimizer.zero_grad()
         (pixel_loss(error, weight) + config.refine_hold * moved).backward()
@@ -389,9 +412,10 @@ def refine_vae(config: TrainConfig, vae: AutoencoderKLWan, device: torch.device)
     def iterate(iteration: int) -> dict[str, Tensor]:
         _set_learning_rate(optimizer, config.refine_learning_rate * _schedule(iteration, config.refine_iterations))
         generator = _generator(config.seed, "refine", iteration, device)
-        clips, weight = draw_weighted(world.random_scenes(config.refine_batch_size, generator))
+        clips, weight = draw_weighted(hard_scenes(config.refine_batch_size, generator))
         noise = torch.randn(len(clips), LATENT_CHANNELS, 5, 4, 4, generator=generator, device=device)
-        metrics = run_update(clips, weight, noise)
+        amount = config.refine_noise * torch.rand(len(clips), 1, 1, 1, 1, generator=generator, device=device)
+        metrics = run_update(clips, weight, amount * noise)
         _move_averages(averaged, weights, min(0.997, (1 + iteration) / (10 + iteration)))
         return metrics
 
