@@ -32,8 +32,8 @@ def commands(name: str, suite: Suite, measured: Mapping[str, Score]) -> list[str
         measured: the scores that are there, by dimension.
     """
     wanted = [dimension for dimension in suite.dimensions if dimension not in measured]
-    how = f"--mode custom_input --prompt_file ../{PROMPT_FILE}" if suite.listing is None else ""
-    how = how or f"--full_json_dir ../{LIST_NAME}"
+    own = f"--mode custom_input --prompt_file ../{PROMPT_FILE}"
+    how = own if suite.listing is None else f"--full_json_dir ../{LIST_NAME}"
     evaluate = f"vbench evaluate --output_path results {how}"
     filtered = suite.num_flicker > NUM_VIDEOS and FILTERED in wanted
     plain = [dimension for dimension in wanted if not (filtered and dimension == FILTERED)]
