@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, WanTransformer3DModel
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, WanTransformer3DModel
 from safetensors import safe_open
 
 from accvideo.analysis.line import exact_velocity
@@ -17,13 +17,14 @@ from accvideo.data.repair import RepairConfig, repair
 from accvideo.data.verify import problems
 from accvideo.distill import distill
 from accvideo.evaluate import EvaluateConfig, evaluate
+from accvideo.export import ExportConfig, export
 from accvideo.flow import euler_step, keypoint_indices, shifted_sigmas
 from accvideo.generate import sample_clips
 from accvideo.inference.model import load_model, with_arguments
 from accvideo.recording.solvers import AdamsStep, Solver, solver_step
 from accvideo.reporting.rows import FIRST_ITEM
 from accvideo.student import read_student_config
-from accvideo.teacher import denoising_grid, watch
+from accvideo.teacher import denoising_grid, item_generator, watch
 from accvideo.training.recipe import DistillConfig
 from accvideo.types import UserError
 from tests.recorded import PROMPTS, record_tiny
@@ -200,6 +201,27 @@ def test_a_student_of_another_solver_is_compared_with_the_teachers_own_clips(tmp
     kept = [safe_open(path, "pt").get_tensor("latents") for path in sorted((tmp_path / "report/cache").glob("*/*"))
             if "latents" in safe_open(path, "pt").keys()]  # fmt: skip # noqa: SIM118
     assert any(torch.equal(latents[0], clips.latents[0]) for latents in kept)
+
+
+def test_a_student_of_another_solver_runs_in_plain_diffusers(tmp_path: Path):
+    """Exported, it takes the same Euler steps over the same levels as in accvideo."""
+    data = str(record_tiny(tmp_path, "unipc", solver="adams2", num_trajectories=2).path)
+    distill(DistillConfig(data=data, out=tmp_path / "student", num_iterations=2, batch_size=2, num_validation=0))
+    export(ExportConfig(student=str(tmp_path / "student"), to="diffusers", out=tmp_path / "plain"))
+    plain: Any = DiffusionPipeline.from_pretrained(tmp_path / "plain")
+    latents = plain(
+        prompt=PROMPTS[0],
+        num_inference_steps=5,
+        guidance_scale=1.0,
+        output_type="latent",
+        generator=item_generator(0, 3),
+        height=32,
+        width=32,
+        num_frames=5,
+        max_sequence_length=12,
+    ).frames
+    [clips] = sample_clips(load_model(str(tmp_path / "student")), PROMPTS[:1], [3])  # fmt: skip
+    torch.testing.assert_close(clips.latents, latents, rtol=0, atol=1e-5)
 
 
 def test_repair_records_by_the_same_solver(tmp_path: Path):
