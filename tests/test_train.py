@@ -7,7 +7,7 @@ from diffusers import WanPipeline
 from safetensors.torch import load_file
 from torch import nn
 
-from accvideo.playground import train, world
+from accvideo.playground import networks, train, updates, world
 from accvideo.teacher import PLAYGROUND_TEACHER, denoising_grid
 from accvideo.types import UserError
 from tests.tiny import tiny_wan_pipeline
@@ -36,22 +36,22 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path, monkeypat
     monkeypatch.setattr(train, "_BATCHES_DRAWN", 2)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train.train(tiny_config(whole))
-    schedule, calls = train._schedule, iter(range(100))
+    schedule, calls = train.schedule, iter(range(100))
 
     def dies(iteration: int, num_iterations: int) -> float:
         if next(calls) in (2, 8):
             raise KeyboardInterrupt
         return schedule(iteration, num_iterations)
 
-    step, steps = train.Muon.step, iter(range(100))
+    step, steps = updates.Muon.step, iter(range(100))
 
-    def dies_too(optimizer: train.Muon) -> None:
+    def dies_too(optimizer: updates.Muon) -> None:
         if next(steps) == 2:
             raise KeyboardInterrupt
         step(optimizer)
 
-    monkeypatch.setattr(train, "_schedule", dies)
-    monkeypatch.setattr(train.Muon, "step", dies_too)
+    monkeypatch.setattr(train, "schedule", dies)
+    monkeypatch.setattr(updates.Muon, "step", dies_too)
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
             train.train(tiny_config(killed))
@@ -62,7 +62,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path, monkeypat
         assert expected.keys() == got.keys()
         assert all(torch.equal(expected[name], got[name]) for name in expected), part
     pipeline = WanPipeline.from_pretrained(whole / "teacher", dtype=torch.float32)
-    assert pipeline.vae.config.latents_std != [1.0] * train.LATENT_CHANNELS
+    assert pipeline.vae.config.latents_std != [1.0] * networks.LATENT_CHANNELS
 
 
 @pytest.fixture(scope="module")
@@ -72,18 +72,18 @@ def teacher() -> WanPipeline:
     return pipeline
 
 
-@pytest.mark.parametrize("length", [train.MAX_TOKENS, 512])
+@pytest.mark.parametrize("length", [networks.MAX_TOKENS, 512])
 def test_prompts_are_trained_as_the_pipeline_encodes_them(teacher: WanPipeline, length: int):
     prompts = ["", "a red star spins on a plain navy background", "a zebra moves left on a plain gray background"]
-    encoded = teacher.tokenizer(prompts, padding="max_length", max_length=train.MAX_TOKENS, return_tensors="pt")
+    encoded = teacher.tokenizer(prompts, padding="max_length", max_length=networks.MAX_TOKENS, return_tensors="pt")
     with torch.no_grad():
-        embeds = train.encode_prompts(teacher.text_encoder, encoded.input_ids, length)
+        embeds = networks.encode_prompts(teacher.text_encoder, encoded.input_ids, length)
         expected, _ = teacher.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=length)
     torch.testing.assert_close(embeds, expected)
 
 
 def test_the_tokenizer_knows_every_word_and_copes_with_others():
-    tokenizer = train.build_tokenizer()
+    tokenizer = networks.build_tokenizer()
     captions = world.sample_prompts(2000, seed=3)
     tokens = tokenizer(captions).input_ids
     assert tokenizer.unk_token_id not in {token for row in tokens for token in row}
@@ -137,7 +137,7 @@ def test_a_third_of_hard_scenes_show_a_star_or_a_cross_that_spins():
 def test_a_start_from_another_kind_of_teacher_is_refused(tmp_path: Path):
     tiny_wan_pipeline().save_pretrained(tmp_path / "wan")
     with pytest.raises(UserError, match="not a teacher of the playground"):
-        train.load_start(str(tmp_path / "wan"))
+        networks.load_start(str(tmp_path / "wan"))
 
 
 def test_errors_on_and_next_to_objects_weigh_more():
@@ -174,7 +174,7 @@ def test_the_shipped_teacher_is_small_and_its_grids_nest(teacher: WanPipeline):
 def test_the_shipped_teacher_follows_prompts(teacher: WanPipeline):
     """Unknown words and prompts padded as far as Wan's pipeline pads by default are no trouble."""
     prompts = ["a red square stays still on a plain gray background", "a zebra on a plain navy background"]
-    for length in (train.MAX_TOKENS, 512):
+    for length in (networks.MAX_TOKENS, 512):
         video = teacher(
             prompts,
             height=64,
@@ -200,7 +200,7 @@ def test_muon_orthogonalizes_matrices_and_moves_vectors_by_adam():
         matrix.grad = torch.randn(matrix.shape, generator=generator) * scale
     bias, unused = nn.Parameter(torch.zeros(5)), nn.Parameter(torch.ones(2))
     bias.grad = torch.tensor([1e-3, -2.0, 3.0, -1e-2, 5.0])
-    train.Muon(matrices, [bias, unused], lr=0.1).step()
+    updates.Muon(matrices, [bias, unused], lr=0.1).step()
     for matrix, tall in zip(matrices, (1.0, 2.4, 2.4), strict=True):
         assert matrix.grad is not None
         step, gradient = matrix.detach().flatten(1) / (-0.1 * tall**0.5), matrix.grad.flatten(1)
@@ -215,6 +215,6 @@ def test_muon_orthogonalizes_matrices_and_moves_vectors_by_adam():
 def test_running_means_take_no_part_in_the_graph():
     """Else each update would keep the graphs of all updates before it alive."""
     weight, mean = nn.Parameter(torch.ones(3)), torch.zeros(3)
-    train._move_averages([mean], [weight], 0.75)
+    updates.move_averages([mean], [weight], 0.75)
     torch.testing.assert_close(mean, torch.full((3,), 0.25))
     assert not mean.requires_grad and mean.grad_fn is None
