@@ -23,7 +23,9 @@ import numpy as np
 import torch
 
 from accvideo.metrics import bootstrap_interval
-from accvideo.record import Block, RecordConfig, Recorder, items_arguments
+from accvideo.record import Block, Recorder
+from accvideo.recording.config import RecordConfig
+from accvideo.recording.setup import items_arguments
 from accvideo.recording.workers import Place
 
 PROMPTS = ["a red star spins on a plain navy background", "a blue circle moves left", "two green squares grow"]

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from accvideo.data.dataset import TrajectoryFolder
-from accvideo.record import RecordConfig, record
+from accvideo.record import record
+from accvideo.recording.config import RecordConfig
 from tests.tiny import tiny_wan_pipeline
 
 PROMPTS = ["a red square", "two blue dots", "green", "a circle moves left", "nothing", "one more"]

@@ -18,7 +18,8 @@ from accvideo.inference.model import Model, load_model, with_arguments
 from accvideo.metrics import latent_mse
 from accvideo.playground.judge import diversity_distance, judge
 from accvideo.playground.world import draw, sample_prompts, scenes_of, to_uint8
-from accvideo.record import RecordConfig, record
+from accvideo.record import record
+from accvideo.recording.config import RecordConfig
 from accvideo.reporting.rows import (
     FIRST_ITEM,
     Plan,

@@ -29,7 +29,8 @@ from accvideo.exporting.lora import low_rank
 from accvideo.exporting.weights import in_memory, read_weights, write_weights
 from accvideo.generate import GenerateConfig, generate, sample_clips
 from accvideo.inference.model import load_model
-from accvideo.record import RecordConfig, record
+from accvideo.record import record
+from accvideo.recording.config import RecordConfig
 from accvideo.student import Student, read_student_config, save_student, student_config
 from accvideo.teacher import denoisers, fingerprint, item_generator, load_pipeline
 from accvideo.types import UserError

@@ -33,7 +33,8 @@ from accvideo.distill import DistillConfig, distill
 from accvideo.flow import euler_step
 from accvideo.generate import load_model, sample_clips, with_arguments
 from accvideo.media import load_media
-from accvideo.record import RecordConfig, record
+from accvideo.record import record
+from accvideo.recording.config import RecordConfig
 from accvideo.student import add_lora
 from accvideo.teacher import denoisers, fingerprint
 from accvideo.types import UserError

@@ -11,7 +11,7 @@ from PIL import Image
 from accvideo.distill import DistillConfig, distill
 from accvideo.generate import GenerateConfig, generate, sample_clips
 from accvideo.inference.model import Model, load_model, with_arguments
-from accvideo.record import set_shift
+from accvideo.recording.setup import set_shift
 from accvideo.teacher import item_generator
 from accvideo.types import UserError
 from accvideo.video import write_video

@@ -13,7 +13,8 @@ from accvideo.call import replay
 from accvideo.data.dataset import TrajectoryFolder
 from accvideo.data.verify import problems
 from accvideo.flow import euler_step
-from accvideo.record import RecordConfig, record
+from accvideo.record import record
+from accvideo.recording.config import RecordConfig
 from accvideo.teacher import denoisers
 from tests.families import FAMILIES
 

@@ -10,7 +10,7 @@ from accvideo import cli
 from accvideo.data.manifest import read_manifest
 from accvideo.flow import keypoint_indices
 from accvideo.presets import PRESETS, defaults, distill_defaults, find_preset
-from accvideo.record import RecordConfig
+from accvideo.recording.config import RecordConfig
 from accvideo.teacher import watch
 from accvideo.training.recipe import paper
 from accvideo.types import UserError

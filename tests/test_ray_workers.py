@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from accvideo.data.verify import problems as verify
-from accvideo.record import RecordConfig, record
+from accvideo.record import record
+from accvideo.recording.config import RecordConfig
 from accvideo.trajectory import trajectory_name
 from accvideo.types import UserError
 from tests.tiny import tiny_wan_pipeline

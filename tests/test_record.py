@@ -24,8 +24,9 @@ from accvideo.command import Prompt, read_prompts
 from accvideo.data.dataset import TrajectoryFolder
 from accvideo.data.verify import problems as verify
 from accvideo.flow import euler_step
-from accvideo.record import RecordConfig, Recorder, own_device, record
-from accvideo.recording.workers import Place
+from accvideo.record import Recorder, record
+from accvideo.recording.config import RecordConfig
+from accvideo.recording.workers import Place, own_device
 from accvideo.teacher import denoisers, item_generator, load_pipeline, watch
 from accvideo.trajectory import read_trajectory, trajectory_name, write_trajectory
 from accvideo.types import UserError

@@ -11,7 +11,8 @@ from accvideo.distill import distill
 from accvideo.evaluate import EvaluateConfig, evaluate
 from accvideo.inference.model import PLAYGROUND_STUDENT
 from accvideo.playground.prompts import PromptsConfig, prompts
-from accvideo.record import RecordConfig, record
+from accvideo.record import record
+from accvideo.recording.config import RecordConfig
 from accvideo.training.recipe import playground
 from accvideo.types import UserError
 

@@ -24,8 +24,7 @@ from accvideo.generate import batches, with_prompts
 from accvideo.inference.acceleration import Acceleration
 from accvideo.inference.model import PLAIN, Dtype, Model, load_model, student_folder, with_scheduler
 from accvideo.playground.world import sample_prompts
-from accvideo.record import own_device
-from accvideo.recording.workers import Claims, Place, find_place
+from accvideo.recording.workers import Claims, Place, find_place, own_device
 from accvideo.report import ShownClip, write_report
 from accvideo.reporting.fvd import VideoFeatures
 from accvideo.reporting.rows import NUM_SHOWN, PROPERTIES, Plan, RowData, Task, make_row, row_key, run_row

@@ -30,7 +30,7 @@ from accvideo.inference.acceleration import Acceleration, ContextParallel, joine
 from accvideo.inference.model import PLAIN, Dtype, Model, check_student, digest, load_model, with_arguments
 from accvideo.media import load_media
 from accvideo.metrics import Clips
-from accvideo.record import set_shift
+from accvideo.recording.setup import set_shift
 from accvideo.teacher import batch_arguments, denoisers, guidance_arguments, watch
 from accvideo.trajectory import write_whole
 from accvideo.types import Latents, UserError

@@ -29,7 +29,7 @@ from accvideo.planning.networks import (
     WAN_22_VAE,
     Network,
 )
-from accvideo.record import RecordConfig
+from accvideo.recording.config import RecordConfig
 from accvideo.training import recipe
 from accvideo.training.recipe import DistillConfig, paper
 from accvideo.types import UserError

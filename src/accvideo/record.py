@@ -1,146 +1,52 @@
 """Stage 1: runs the teacher on prompts and keeps the key states and conditional calls of each run."""
 
-import difflib
-import hashlib
-import inspect
-import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-import tyro
-from diffusers import DiffusionPipeline
 from rich.progress import Progress
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from accvideo.call import flatten, replay, without_padding
+from accvideo.call import replay, without_padding
 from accvideo.command import (
-    DEFAULT_FPS,
     Prompt,
-    call_parameters,
-    choose_device,
-    parse_pipeline_args,
     progress_bar,
     read_prompt_file,
     shorten,
     with_image,
 )
-from accvideo.data.manifest import MANIFEST, Manifest, read_manifest
-from accvideo.data.schema import parse
-from accvideo.flow import keypoint_indices
-from accvideo.inference.model import NUM_TEACHER_STEPS
-from accvideo.media import check_media, load_media, media_digests
-from accvideo.recording.solvers import SOLVERS, Solver, solver_step
-from accvideo.recording.workers import CLAIM, PARTIAL, BackgroundWriter, Claims, Place, find_place
-from accvideo.student import KeyPointScheduler, student_scheduler
+from accvideo.data.manifest import Manifest
+from accvideo.media import media_digests
+from accvideo.recording.config import RecordConfig
+from accvideo.recording.joining import check_folder, identity, make_folder, open_folder, read_header
+from accvideo.recording.setup import call_arguments, check_prompts, items_arguments, make_manifest, set_shift
+from accvideo.recording.solvers import solver_step
+from accvideo.recording.workers import BackgroundWriter, Claims, Place, find_place, own_device
 from accvideo.teacher import (
-    Approach,
     Watch,
     WatchedStep,
-    approach,
-    batch_arguments,
     check_scheduler,
     denoisers,
-    fingerprint,
-    guidance_arguments,
-    has_guider,
-    item_generator,
     load_pipeline,
     pipeline_defaults,
-    provenance,
-    shared_arguments,
     watch,
 )
 from accvideo.trajectory import (
-    Header,
     Trajectory,
     misplaced,
     read_trajectory,
     trajectory_name,
     write_trajectory,
-    write_whole,
 )
 from accvideo.types import UserError
 
-OWN_ARGUMENTS = ("prompt", "generator", "num_inference_steps", "output_type", "return_dict", "latents")
-"""Arguments of a pipeline's call that the recorder sets itself."""
 POLL_SECONDS = 2.0
 """Longest time between two looks at what other recorders are at."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecordConfig:
-    """Records the teacher's denoising trajectories on the prompts of a file.
-
-    `--preset NAME`, such as wan21-t2v-14b, starts from a released teacher and its settings; a wrong name lists all.
-    """
-
-    teacher: tyro.conf.Positional[str]
-    """`playground`, a folder that diffusers saved, or a hub id."""
-    prompts: Path
-    """Text file, one prompt a line; or .csv or .jsonl with a column `prompt` and others (`image`, `video`) that are
-    arguments of the pipeline's call; file names in it are relative to its folder."""
-    out: Path
-    """Folder of the data set; an interrupted recording in it goes on."""
-    num_steps: int = 50
-    """Denoising steps S of the recording."""
-    solver: Solver = "own"
-    """How steps are taken, always over the noise levels of the teacher's own scheduler: by that scheduler; by Euler's
-    method; or by one of second order, which in 20 to 25 steps comes as near to the flow as Euler's in 50."""
-    teacher_num_steps: int | None = None
-    """Steps of the teacher's own clips, by its own scheduler, that students will be compared with; `num_steps` by
-    default, or 50 where `solver` is another."""
-    num_student_steps: int = 5
-    """Steps K of the student to come; must divide S."""
-    image: Path | None = None
-    """First frame, for image-to-video pipelines; a column `image` of the prompts has one for each."""
-    guidance_scale: float | None = None
-    """The pipeline's own by default."""
-    height: int | None = None
-    """In pixels; the pipeline's own by default."""
-    width: int | None = None
-    """In pixels; the pipeline's own by default."""
-    num_frames: int | None = None
-    """The pipeline's own by default."""
-    fps: int | None = None
-    """Frames a second the clips are meant for; the pipeline's own by default."""
-    shift: float | None = None
-    """Of the noise levels towards noise: `shift` or `flow_shift` of the scheduler; as the teacher has it by default."""
-    seed: int = 0
-    """With an item's number, it makes the item's noise."""
-    num_trajectories: int | None = None
-    """As many as prompts by default; more go round the prompts again, with other noise."""
-    pipeline_arg: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """NAME=JSON: any other argument of the pipeline's call; may be repeated. The name of an image or video file is
-    replaced by what is in it."""
-    batch_size: int = 1
-    """Trajectories denoised together. Batches are always whole: what an item becomes depends on this number."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the pipeline; states are stored in float32 in any case."""
-    device: str = "auto"
-    """`auto` takes the accelerator if there is one; under torchrun, srun or a SLURM array each worker its own."""
-    ray: bool = False
-    """Record with a pool of workers on Ray (`pip install 'accvideo[ray]'`), here or on the cluster that is set up."""
-    num_workers: int | None = None
-    """Of the pool on Ray, with a pipeline each; by default as many as accelerators, or processor cores without any."""
-
-    def __post_init__(self) -> None:
-        keypoint_indices(self.num_steps, self.num_student_steps)
-        if self.solver not in SOLVERS:
-            raise UserError(f"solver is {self.solver}; choose one of {', '.join(SOLVERS)}")
-        if self.num_workers is not None and not self.ray:
-            raise UserError("--num-workers is for --ray; without it, start workers by torchrun, srun or by hand")
-        for name in ("num_trajectories", "batch_size", "num_workers", "teacher_num_steps"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"{name} is {value}: it must be at least 1")
 
 
 def record(config: RecordConfig) -> dict[str, Any]:
@@ -392,282 +298,6 @@ class Recorder:
             write_trajectory(self.config.out, trajectory, self.claims.writer)
             self.num_recorded += 1
         self.claims.release(claim)
-
-
-def read_header(path: Path) -> Header:
-    """The header of a trajectory's file, without the tensors.
-
-    Raises:
-        UserError: the file is missing, truncated or no trajectory.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            return parse(Header, file.metadata()["accvideo"])
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a trajectory, or truncated") from error
-
-
-def own_device(name: str, place: Place) -> str:
-    """The device called `name`; of several accelerators, each worker of a machine has its own."""
-    device = choose_device(name)
-    return f"cuda:{place.local_rank % torch.cuda.device_count()}" if device == "cuda" else device
-
-
-def check_prompts(pipeline: DiffusionPipeline, prompts: Sequence[Prompt], config: RecordConfig) -> None:
-    """Checks what the prompts ask the pipeline's call for, and that their images and videos are there.
-
-    Raises:
-        UserError: the call does not take an argument or lacks an image, or a file is missing.
-    """
-    name, accepted = type(pipeline).__name__, call_parameters(pipeline)
-    for number, prompt in enumerate(prompts, 1):
-        for argument in prompt.arguments:
-            if argument in OWN_ARGUMENTS:
-                raise UserError(f"{config.prompts}: the column {argument} is set by the recorder; leave it out")
-            if argument not in accepted:
-                raise UserError(f"{name} takes no {argument} (of prompt {number}); it takes {', '.join(accepted)}")
-        if prompt.arguments and config.batch_size > 1:
-            raise UserError(
-                f"prompt {number} has a {next(iter(prompt.arguments))} of its own, and {name} takes one a call\n"
-                "Leave --batch-size out"
-            )
-        check_media(prompt.arguments, prompt.folder)
-
-
-def items_arguments(
-    config: RecordConfig, arguments: Mapping[str, Any], prompts: Sequence[Prompt], items: Sequence[int]
-) -> dict[str, Any]:
-    """The arguments of the pipeline's call that makes these items."""
-    chosen = [prompts[index % len(prompts)] for index in items]
-    return {
-        **batch_arguments([prompt.text for prompt in chosen], config.seed, items),
-        **load_media(arguments),
-        **load_media(chosen[0].arguments, chosen[0].folder),  # the only one that has any: see `check_prompts`
-    }
-
-
-def set_shift(pipeline: DiffusionPipeline, shift: float) -> None:
-    """Gives the pipeline a scheduler like its own with another shift of the noise levels.
-
-    Raises:
-        UserError: its noise levels have no shift that can be set.
-    """
-    settings: Any = pipeline.scheduler.config
-    name = next((name for name in ("flow_shift", "shift") if name in settings), None)
-    if name is None or settings.get("use_dynamic_shifting") or shift <= 0:
-        raise UserError(
-            f"shift is {shift}: it must be positive, and {type(pipeline.scheduler).__name__} must have one of its own\n"
-            f"{type(pipeline).__name__} may compute it from the size; leave --shift out then"
-        )
-    scheduler_class: Any = type(pipeline.scheduler)
-    pipeline.register_modules(scheduler=scheduler_class.from_config(settings, **{name: shift}))
-
-
-def check_folder(folder: Path) -> None:
-    """Refuses a folder that holds something else.
-
-    Raises:
-        UserError: it is a file, or a folder with files but no manifest.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; give a new or empty folder")
-    if folder.is_dir() and not (folder / MANIFEST).exists():
-        names = sorted(each.name for each in folder.iterdir())
-        if others := [name for name in names if not (CLAIM.fullmatch(name) or PARTIAL.fullmatch(name))]:
-            if not (folder / MANIFEST).exists():  # nor has another recorder just begun
-                raise UserError(f"{folder} holds something else ({others[0]}); give a new or empty folder")
-
-
-def make_folder(folder: Path) -> None:
-    """Makes a folder unless it is there.
-
-    Raises:
-        UserError: it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
-
-
-NOT_IDENTITY = ("num_trajectories", "denoiser_calls", "versions")
-"""Fields of a manifest in which two recordings of one data set may differ."""
-
-
-def identity(manifest: Manifest) -> str:
-    """A hash that is equal for the manifests of recordings that may share a folder."""
-    fields = {name: value for name, value in asdict(manifest).items() if name not in NOT_IDENTITY}
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-
-
-def open_folder(folder: Path, manifest: Manifest, claims: Claims) -> Manifest:
-    """Joins the data set in the folder, if it is of the same configuration, or begins it; returns its manifest.
-
-    It begins with a manifest that says how many denoiser calls a trajectory takes; before, nothing is written. A larger
-    `num_trajectories` than before extends the data set.
-
-    Raises:
-        UserError: the configurations differ.
-    """
-    with claims.alone("manifest"):
-        if not (folder / MANIFEST).exists():
-            if rivals := claims.rivals():
-                raise UserError(
-                    f"{rivals[0]} is recording another configuration into {folder}\nGive another folder, or stop it"
-                )
-            if manifest.denoiser_calls:
-                write_whole(folder / MANIFEST, manifest.to_json().encode(), claims.writer)
-            return manifest
-        old = read_manifest(folder)
-        if names := old.differences(manifest, ignore=NOT_IDENTITY):
-            changes = (f"{name} {shorten(getattr(old, name))} -> {shorten(getattr(manifest, name))}" for name in names)
-            raise UserError(
-                f"{folder} holds a data set of another configuration: {', '.join(changes)}\n"
-                "Give another folder, or the configuration it was started with"
-            )
-        if old.num_trajectories > manifest.num_trajectories:
-            raise UserError(f"{folder} is for {old.num_trajectories} trajectories already; ask for as many or more")
-        if old.num_trajectories < manifest.num_trajectories:
-            old = replace(old, num_trajectories=manifest.num_trajectories)
-            write_whole(folder / MANIFEST, old.to_json().encode(), claims.writer)
-        return old
-
-
-def call_arguments(pipeline: DiffusionPipeline, config: RecordConfig, defaults: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the pipeline's call: the command line's, else the teacher folder's, else the pipeline's own.
-
-    Raises:
-        UserError: the pipeline's call does not take one of them.
-    """
-    given = {**defaults.get("pipeline_args", {}), **parse_pipeline_args(config.pipeline_arg)}
-    for name in ("height", "width", "num_frames", "guidance_scale"):
-        if (value := getattr(config, name)) is None:
-            value = defaults.get(name)
-        if value is not None:
-            given[name] = value
-    if "guidance_scale" in given:
-        given |= guidance_arguments(pipeline, given.pop("guidance_scale"))
-    accepted = call_parameters(pipeline)
-    for name in given:
-        if name in OWN_ARGUMENTS:
-            raise UserError(f"{name} is set by the recorder; leave it out of --pipeline-arg")
-        if name not in accepted:
-            close = difflib.get_close_matches(name, accepted, n=3) or sorted(accepted)
-            raise UserError(f"{type(pipeline).__name__} takes no argument {name}; it takes {', '.join(close)}")
-    return given
-
-
-def make_manifest(
-    pipeline: DiffusionPipeline,
-    config: RecordConfig,
-    defaults: dict[str, Any],
-    arguments: dict[str, Any],
-    prompts: Sequence[Prompt],
-) -> tuple[Manifest, list[str]]:
-    """The manifest of a data set, without a denoiser call; warns if students of it cannot run in plain diffusers.
-
-    Also the names of the denoiser's arguments that have no row for each sample.
-
-    Raises:
-        UserError: the pipeline refuses its arguments, or cannot be a teacher.
-    """
-
-    def first(num_steps: int, item: int = 0, **others: Any) -> Approach:
-        return approach(pipeline, num_steps, **items_arguments(config, arguments, prompts, [item]) | others)
-
-    kinds = {tuple(prompt.arguments): item for item, prompt in reversed(list(enumerate(prompts)))}
-    for item in sorted(kinds.values())[1:]:  # such as the first prompt without an image
-        first(config.num_steps, item)
-    few, many = first(config.num_student_steps), first(config.num_steps)
-    check_same_call(pipeline, few, many)
-    try:
-        two = first(config.num_steps, prompt=[prompts[0].text] * 2, generator=item_generator(config.seed, 0))
-        shared = shared_arguments(many.arguments, two.arguments)
-    except Exception:  # pipelines that take one image or video a call say so in many ways
-        shared = []
-    (key_sigmas, key_timesteps), (sigmas, timesteps) = ((each.sigmas, each.timesteps) for each in (few, many))
-    if len(sigmas) != config.num_steps + 1:
-        raise UserError(
-            f"{type(pipeline.scheduler).__name__} makes {len(sigmas) - 1} steps of {config.num_steps}; "
-            "choose a number of steps that it keeps"
-        )
-    keypoints = keypoint_indices(config.num_steps, config.num_student_steps)
-    nested = is_nested(key_sigmas, [sigmas[i] for i in keypoints], 1e-5)
-    nested = nested and is_nested(key_timesteps, [timesteps[i] for i in keypoints[:-1]], 1.0)
-    usual_num_steps = config.num_steps if config.solver == "own" else NUM_TEACHER_STEPS
-    teacher_num_steps = config.teacher_num_steps or usual_num_steps
-    revision, license = provenance(config.teacher)
-    own_defaults = call_parameters(pipeline)
-
-    def used(name: str) -> Any:
-        value = arguments.get(name, own_defaults.get(name))
-        return None if value is inspect.Parameter.empty else value
-
-    manifest = Manifest(
-        teacher=config.teacher,
-        revision=revision,
-        license=license,
-        pipeline_class=type(pipeline).__name__,
-        fingerprints={name: fingerprint(denoiser) for name, denoiser in denoisers(pipeline).items()},
-        num_steps=config.num_steps,
-        num_student_steps=config.num_student_steps,
-        keypoints=keypoints,
-        sigmas=sigmas,
-        guidance_scale=pipeline.guider.guidance_scale if has_guider(pipeline) else used("guidance_scale"),
-        height=used("height"),
-        width=used("width"),
-        num_frames=used("num_frames"),
-        fps=config.fps or defaults.get("fps") or used("frame_rate") or used("fps") or DEFAULT_FPS,
-        pipeline_args={
-            name: value
-            for name, value in arguments.items()
-            if name not in ("guidance_scale", "height", "width", "num_frames")
-        },
-        dtype=config.dtype,
-        seed=config.seed,
-        num_trajectories=config.num_trajectories or len(prompts),
-        batch_size=config.batch_size,
-        scheduler={
-            "class": type(pipeline.scheduler).__name__,
-            "config": {name: value for name, value in pipeline.scheduler.config.items() if not name.startswith("_")},
-        },
-        nested_schedule=nested,
-        solver=config.solver,
-        teacher_num_steps=None if teacher_num_steps == config.num_steps else teacher_num_steps,
-        versions={name: version(name) for name in ("accvideo", "torch", "diffusers", "transformers")},
-    )
-    if isinstance(student_scheduler(manifest, [timesteps[i] for i in keypoints[:-1]]), KeyPointScheduler):
-        print(
-            f"warning: {type(pipeline.scheduler).__name__} cannot be made to take {config.num_student_steps} steps "
-            f"over these noise levels: accvideo can run a student of them, a plain {type(pipeline).__name__} not\n"
-            "Record with UniPCMultistepScheduler or DPMSolverMultistepScheduler (use_flow_sigmas=True) to export one",
-            file=sys.stderr,
-        )
-    return manifest, shared
-
-
-def check_same_call(pipeline: DiffusionPipeline, few: Approach, many: Approach) -> None:
-    """Checks that the denoiser is asked the same at its first call, however many steps are to follow.
-
-    Raises:
-        UserError: it is not, so that a student would not be asked what its teacher was.
-    """
-    before = dict(flatten(many.arguments))
-    for name, value in flatten(few.arguments):
-        if name in ("hidden_states", "timestep") or not isinstance(value, Tensor):
-            continue
-        if name not in before or not torch.equal(value, before[name]):
-            raise UserError(
-                f"{type(pipeline).__name__} tells its denoiser {name}, which depends on the number of steps: "
-                "a student of fewer steps would not be asked what was recorded"
-            )
-
-
-def is_nested(grid: Sequence[float], other: Sequence[float], tolerance: float) -> bool:
-    """Whether two grids are the same within a tolerance."""
-    return len(grid) == len(other) and all(abs(a - b) <= tolerance for a, b in zip(grid, other, strict=True))
 
 
 def trajectories_of(

@@ -23,7 +23,8 @@ from accvideo.inference.model import load_model
 from accvideo.playground.judge import judge
 from accvideo.playground.prompts import PromptsConfig, prompts
 from accvideo.playground.world import sample_prompts
-from accvideo.record import RecordConfig, record
+from accvideo.record import record
+from accvideo.recording.config import RecordConfig
 from accvideo.recording.solvers import Solver
 from accvideo.reporting.charts import Plot, log_ticks, nice_ticks
 from accvideo.reporting.wording import METRICS

@@ -30,7 +30,8 @@ from accvideo.inference.model import load_model
 from accvideo.playground.judge import judge
 from accvideo.playground.prompts import PromptsConfig, prompts
 from accvideo.playground.world import sample_prompts
-from accvideo.record import RecordConfig, record
+from accvideo.record import record
+from accvideo.recording.config import RecordConfig
 from accvideo.teacher import PLAYGROUND_TEACHER, teacher_path
 from accvideo.trajectory import write_whole
 from accvideo.types import UserError

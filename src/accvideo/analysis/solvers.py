@@ -25,7 +25,7 @@ from accvideo.generate import batches, with_prompts
 from accvideo.inference.model import Dtype, Model, load_model, with_arguments
 from accvideo.media import load_media
 from accvideo.playground.world import sample_prompts
-from accvideo.record import set_shift
+from accvideo.recording.setup import set_shift
 from accvideo.recording.solvers import Solver, Step, solver_step
 from accvideo.reporting.charts import Plot, log_ticks
 from accvideo.reporting.rows import is_whole

@@ -20,7 +20,9 @@ from accvideo.data.merge import parts_of
 from accvideo.data.pack import archive
 from accvideo.data.shards import INDEX, ShardIndex, read_member, shard_name
 from accvideo.data.verify import Facts, Report, asked, check, strays
-from accvideo.record import RecordConfig, Recorder, make_folder, record, record_blocks
+from accvideo.record import Recorder, record, record_blocks
+from accvideo.recording.config import RecordConfig
+from accvideo.recording.joining import make_folder
 from accvideo.recording.workers import Place
 from accvideo.trajectory import (
     encode_trajectory,

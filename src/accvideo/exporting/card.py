@@ -82,7 +82,8 @@ def model_card(
         f"---\n{card_header(config, lora)}\n---",
         f"# {config.num_steps}-step student of {teacher}",
         f"{what} for a `{config.pipeline_class}`, distilled from the teacher's recorded denoising trajectories "
-        f"({config.recorded_num_steps or config.teacher_num_steps} steps{solver}, guidance {guidance}) by the method of AccVideo "
+        f"({config.recorded_num_steps or config.teacher_num_steps} steps{solver}, guidance {guidance}) by the method "
+        "of AccVideo "
         f"([arXiv:2503.19462](https://arxiv.org/abs/2503.19462)). "
         f"It takes {config.num_steps} denoiser calls a video{size}."
         + "".join(f" Or {number}: `accvideo generate --num-steps {number}`." for number in config.other_num_steps),

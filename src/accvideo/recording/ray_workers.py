@@ -20,7 +20,9 @@ from rich.progress import Progress
 
 from accvideo.command import progress_bar
 from accvideo.data.manifest import read_manifest
-from accvideo.record import POLL_SECONDS, Block, RecordConfig, Recorder, check_folder, summary
+from accvideo.record import POLL_SECONDS, Block, Recorder, summary
+from accvideo.recording.config import RecordConfig
+from accvideo.recording.joining import check_folder
 from accvideo.recording.workers import Place
 from accvideo.types import UserError
 

@@ -23,7 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import torch
 
+from accvideo.command import choose_device
 from accvideo.types import UserError
 
 BEAT_SECONDS = 10.0
@@ -277,3 +279,9 @@ class BackgroundWriter:
         """Ends the thread when all is done; raises what a job has raised."""
         self._thread.shutdown()
         self.wait()
+
+
+def own_device(name: str, place: Place) -> str:
+    """The device called `name`; of several accelerators, each worker of a machine has its own."""
+    device = choose_device(name)
+    return f"cuda:{place.local_rank % torch.cuda.device_count()}" if device == "cuda" else device
