@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from accvideo.analysis.ablation import AblationConfig, ablation, plan_runs, variant
-from accvideo.student import read_student_config
+from accvideo.inference.student_config import read_student_config
 from tests.recorded import PROMPTS, record_tiny
 
 

@@ -14,7 +14,8 @@ from accvideo.analysis.baselines.guided import Budget, at_level, solve
 from accvideo.analysis.baselines.perflow import window_loss
 from accvideo.analysis.baselines.training import Recipe, start, train_baseline
 from accvideo.analysis.comparison import BaselinesConfig, baselines
-from accvideo.student import load_student, read_student_config
+from accvideo.inference.student_config import read_student_config
+from accvideo.student import load_student
 from accvideo.teacher import denoisers, load_pipeline
 from accvideo.types import Latents, UserError
 from tests.recorded import PROMPTS, record_tiny

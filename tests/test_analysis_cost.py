@@ -29,7 +29,7 @@ from accvideo.data.dataset import TrajectoryFolder
 from accvideo.data.manifest import read_manifest
 from accvideo.data.verify import problems
 from accvideo.distill import distill
-from accvideo.student import read_student_config
+from accvideo.inference.student_config import read_student_config
 from accvideo.training.recipe import DistillConfig
 from accvideo.trajectory import trajectory_name
 from accvideo.types import UserError

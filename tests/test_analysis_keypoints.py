@@ -21,7 +21,7 @@ from accvideo.data.manifest import read_manifest
 from accvideo.data.verify import problems
 from accvideo.distill import distill
 from accvideo.flow import even_grid, keypoint_indices, shifted_sigmas
-from accvideo.student import read_student_config
+from accvideo.inference.student_config import read_student_config
 from accvideo.training.recipe import DistillConfig
 from accvideo.types import UserError
 from tests.recorded import record_tiny

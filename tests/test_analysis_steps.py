@@ -18,7 +18,7 @@ from accvideo.analysis.steps import (
     steps_figure,
     steps_table,
 )
-from accvideo.student import read_student_config
+from accvideo.inference.student_config import read_student_config
 from accvideo.types import UserError
 from tests.recorded import PROMPTS, record_tiny
 

@@ -15,6 +15,7 @@ from accvideo.evaluate import EvaluateConfig, choose_clips, command_line, evalua
 from accvideo.generate import ClipBatch, Seconds, sample_clips
 from accvideo.inference.acceleration import Acceleration
 from accvideo.inference.model import Model, load_model, with_arguments
+from accvideo.inference.student_config import read_student_config
 from accvideo.metrics import latent_mse
 from accvideo.playground.judge import diversity_distance, judge
 from accvideo.playground.world import draw, sample_prompts, scenes_of, to_uint8
@@ -33,7 +34,6 @@ from accvideo.reporting.rows import (
     sample_batch,
     write_batch,
 )
-from accvideo.student import read_student_config
 from accvideo.types import UserError
 from tests.recorded import PROMPTS, record_tiny
 from tests.tiny import TINY_CALL, tiny_mochi_pipeline, tiny_wan_i2v_pipeline, tiny_wan_pipeline

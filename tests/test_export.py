@@ -29,9 +29,10 @@ from accvideo.exporting.lora import low_rank
 from accvideo.exporting.weights import in_memory, read_weights, write_weights
 from accvideo.generate import GenerateConfig, generate, sample_clips
 from accvideo.inference.model import load_model
+from accvideo.inference.student_config import read_student_config, student_config
 from accvideo.record import record
 from accvideo.recording.config import RecordConfig
-from accvideo.student import Student, read_student_config, save_student, student_config
+from accvideo.student import Student, save_student
 from accvideo.teacher import denoisers, fingerprint, item_generator, load_pipeline
 from accvideo.types import UserError
 from tests.tiny import TINY_CALL, TINY_HUNYUAN_CALL, tiny_hunyuan_pipeline, tiny_wan_i2v_pipeline, tiny_wan_pipeline

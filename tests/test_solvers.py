@@ -21,9 +21,9 @@ from accvideo.export import ExportConfig, export
 from accvideo.flow import euler_step, keypoint_indices, shifted_sigmas
 from accvideo.generate import sample_clips
 from accvideo.inference.model import load_model, with_arguments
+from accvideo.inference.student_config import read_student_config
 from accvideo.recording.solvers import AdamsStep, Solver, solver_step
 from accvideo.reporting.rows import FIRST_ITEM
-from accvideo.student import read_student_config
 from accvideo.teacher import denoising_grid, item_generator, watch
 from accvideo.training.recipe import DistillConfig
 from accvideo.types import UserError

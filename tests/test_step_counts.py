@@ -13,7 +13,9 @@ from accvideo.export import ExportConfig, export
 from accvideo.flow import even_grid
 from accvideo.generate import GenerateConfig, generate
 from accvideo.inference.model import load_model
-from accvideo.student import KeyPointScheduler, Student, load_student, read_student_config
+from accvideo.inference.schedulers import KeyPointScheduler
+from accvideo.inference.student_config import read_student_config
+from accvideo.student import Student, load_student
 from accvideo.teacher import denoisers, load_pipeline
 from accvideo.training.recipe import DistillConfig
 from accvideo.training.start import start_training

@@ -15,15 +15,9 @@ from accvideo.call import layer_features, replay
 from accvideo.data.dataset import TrajectoryFolder
 from accvideo.discriminator import Discriminator
 from accvideo.flow import euler_step, shifted_sigmas
-from accvideo.student import (
-    KeyPointScheduler,
-    Student,
-    StudentConfig,
-    adapted,
-    load_student,
-    save_student,
-    student_config,
-)
+from accvideo.inference.schedulers import KeyPointScheduler
+from accvideo.inference.student_config import StudentConfig, student_config
+from accvideo.student import Student, adapted, load_student, save_student
 from accvideo.teacher import denoisers, load_pipeline
 from accvideo.trajectory import TrajectoryBatch
 from accvideo.types import UserError

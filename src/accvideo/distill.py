@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from accvideo.data.dataset import TrajectoryFolder
 from accvideo.inference.acceleration import quantization_config
+from accvideo.inference.student_config import student_config
 from accvideo.losses import ADVERSARIAL_LOSSES, Logits, trajectory_loss
-from accvideo.student import save_student, student_config
+from accvideo.student import save_student
 from accvideo.training.checkpoint import Checkpoints
 from accvideo.training.distributed import (
     first_ranks,

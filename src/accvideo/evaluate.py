@@ -23,12 +23,12 @@ from accvideo.command import Prompt, progress_bar, read_prompt_file
 from accvideo.generate import batches, with_prompts
 from accvideo.inference.acceleration import Acceleration
 from accvideo.inference.model import PLAIN, Dtype, Model, load_model, student_folder, with_scheduler
+from accvideo.inference.student_config import StudentConfig, read_student_config
 from accvideo.playground.world import sample_prompts
 from accvideo.recording.workers import Claims, Place, find_place, own_device
 from accvideo.report import ShownClip, write_report
 from accvideo.reporting.fvd import VideoFeatures
 from accvideo.reporting.rows import NUM_SHOWN, PROPERTIES, Plan, RowData, Task, make_row, row_key, run_row
-from accvideo.student import StudentConfig, read_student_config
 from accvideo.teacher import PLAYGROUND_TEACHER, teacher_path
 from accvideo.trajectory import write_whole
 from accvideo.types import UserError

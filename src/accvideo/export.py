@@ -21,7 +21,8 @@ from accvideo.exporting.source import Source, read_json, teacher_files
 from accvideo.exporting.usage import extraction_note, usage, what_it_is
 from accvideo.exporting.weights import write_weights
 from accvideo.inference.model import Dtype, student_folder
-from accvideo.student import KeyPointScheduler, StudentConfig, read_student_config
+from accvideo.inference.schedulers import KeyPointScheduler
+from accvideo.inference.student_config import StudentConfig, read_student_config
 from accvideo.training.journal import last_validation
 from accvideo.types import UserError
 

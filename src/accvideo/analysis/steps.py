@@ -16,10 +16,10 @@ from accvideo.data.manifest import read_manifest
 from accvideo.data.storage import open_storage
 from accvideo.evaluate import load_teacher, open_folder, teacher_rows
 from accvideo.inference.model import load_model
+from accvideo.inference.student_config import read_student_config
 from accvideo.reporting.charts import Plot, log_ticks, nice_ticks
 from accvideo.reporting.rows import Plan, make_row, run_row
 from accvideo.reporting.wording import METRICS
-from accvideo.student import read_student_config
 from accvideo.training.recipe import DistillConfig, playground
 from accvideo.training.steps import student_sweeps
 from accvideo.types import UserError

@@ -14,10 +14,10 @@ from accvideo.command import choose_device, progress_bar
 from accvideo.distill import distill
 from accvideo.evaluate import EvaluateConfig, choose_prompts, evaluate, load_teacher
 from accvideo.inference.model import with_scheduler
+from accvideo.inference.student_config import StudentConfig, read_student_config
 from accvideo.reporting.charts import Plot, nice_ticks
 from accvideo.reporting.rows import Plan, Task, make_row, row_key, run_row
 from accvideo.reporting.wording import METRICS
-from accvideo.student import StudentConfig, read_student_config
 from accvideo.teacher import PLAYGROUND_TEACHER, teacher_path
 from accvideo.training.checkpoint import read_metrics
 from accvideo.training.recipe import DistillConfig

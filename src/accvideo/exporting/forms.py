@@ -16,7 +16,9 @@ from accvideo.exporting.layouts import comfyui_name, layout_of, original_lora, o
 from accvideo.exporting.lora import Extraction, Factors, extract_lora, lora_tensors, read_lora
 from accvideo.exporting.source import Source, component_files, license_files, read_json
 from accvideo.exporting.weights import LazyTensor, Weights, in_memory, read_weights, shard_files
-from accvideo.student import LORA_FILES, StudentConfig, make_scheduler
+from accvideo.inference.schedulers import make_scheduler
+from accvideo.inference.student_config import StudentConfig
+from accvideo.student import LORA_FILES
 
 if TYPE_CHECKING:
     from accvideo.export import ExportConfig

@@ -12,7 +12,8 @@ from huggingface_hub import snapshot_download
 
 from accvideo.exporting.lora import merge_lora, read_lora
 from accvideo.exporting.weights import LazyTensor, Weights, read_weights
-from accvideo.student import LORA_FILES, StudentConfig
+from accvideo.inference.student_config import StudentConfig
+from accvideo.student import LORA_FILES
 from accvideo.teacher import teacher_path, weights_fingerprint
 from accvideo.types import UserError
 

@@ -11,7 +11,9 @@ from accvideo.exporting.forms import weight_file
 from accvideo.exporting.lora import Extraction
 from accvideo.exporting.source import Source
 from accvideo.flow import shifted_sigmas
-from accvideo.student import LORA_FILES, KeyPointScheduler, StudentConfig
+from accvideo.inference.schedulers import KeyPointScheduler
+from accvideo.inference.student_config import StudentConfig
+from accvideo.student import LORA_FILES
 
 if TYPE_CHECKING:
     from accvideo.export import ExportConfig

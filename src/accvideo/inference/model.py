@@ -19,7 +19,9 @@ from accvideo.inference.acceleration import (
     pipeline_quantization,
     stored_fingerprint,
 )
-from accvideo.student import StudentConfig, load_student, make_scheduler
+from accvideo.inference.schedulers import make_scheduler
+from accvideo.inference.student_config import StudentConfig
+from accvideo.student import load_student
 from accvideo.teacher import denoisers, fingerprint, load_pipeline, pipeline_defaults, teacher_path
 from accvideo.types import UserError
 

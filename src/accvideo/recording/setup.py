@@ -21,9 +21,9 @@ from accvideo.command import (
 from accvideo.data.manifest import Manifest
 from accvideo.flow import keypoint_indices
 from accvideo.inference.model import NUM_TEACHER_STEPS
+from accvideo.inference.schedulers import KeyPointScheduler, student_scheduler
 from accvideo.media import check_media, load_media
 from accvideo.recording.config import RecordConfig
-from accvideo.student import KeyPointScheduler, student_scheduler
 from accvideo.teacher import (
     Approach,
     approach,

@@ -17,8 +17,9 @@ from torch.optim import Optimizer
 from accvideo.call import DenoiserCall
 from accvideo.discriminator import Discriminator, at_final_timestep
 from accvideo.flow import euler_step, even_grid, secant_velocity
+from accvideo.inference.schedulers import told_timestep
 from accvideo.losses import trajectory_loss
-from accvideo.student import Student, told_timestep
+from accvideo.student import Student
 from accvideo.training.checkpoint import Checkpoint, Checkpoints, optimizer_tensors, restore_optimizer
 from accvideo.training.distributed import average_gradients, own_parts, own_pieces, spread_as, whole
 from accvideo.trajectory import TrajectoryBatch

@@ -24,8 +24,9 @@ from accvideo.data.manifest import Manifest
 from accvideo.discriminator import Head, token_grid
 from accvideo.distill import to_device
 from accvideo.flow import euler_step
+from accvideo.inference.student_config import student_config
 from accvideo.losses import cross_entropy_head_loss
-from accvideo.student import Student, save_student, student_config
+from accvideo.student import Student, save_student
 from accvideo.training.start import arithmetic, load_denoisers
 from accvideo.trajectory import TrajectoryBatch
 from accvideo.types import Latents
