@@ -29,7 +29,7 @@ class RecordConfig:
     """Denoising steps S of the recording."""
     solver: Solver = "own"
     """How steps are taken, always over the noise levels of the teacher's own scheduler: by that scheduler; by Euler's
-    method; or by one of second order, which in 20 to 25 steps comes as near to the flow as Euler's in 50."""
+    method; or by one of second order, which in 25 steps comes nearer to the flow than Euler's in 50."""
     teacher_num_steps: int | None = None
     """Steps of the teacher's own clips, by its own scheduler, that students will be compared with; `num_steps` by
     default, or 50 where `solver` is another."""
