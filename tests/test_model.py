@@ -1,8 +1,11 @@
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from accvideo.distill import DistillConfig, distill
 from accvideo.generate import sample_clips
@@ -28,6 +31,25 @@ def latents(name: Path, acceleration: Acceleration) -> torch.Tensor:
     model = load_model(str(name), acceleration=acceleration)
     model = with_arguments(model, {"height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 16})
     return next(sample_clips(model, ["a red square"], [0])).latents
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+@pytest.mark.parametrize("name", ["teacher", "lora"])
+def test_another_decoder_or_text_encoder_is_another_model(folder: Path, tmp_path: Path, name: str, part: str):
+    """Else clips of the old one would be shown for those of the new one, from `evaluate`'s cache."""
+    shutil.copytree(folder, tmp_path / "copy")
+    before = load_model(str(folder / name)).identity
+    description = tmp_path / "copy" / "lora" / "student.json"
+    moved = json.loads(description.read_text()) | {"teacher": str(tmp_path / "copy" / "teacher")}
+    description.write_text(json.dumps(moved))
+    same = load_model(str(tmp_path / "copy" / name)).identity
+    assert (same == before) == (name == "teacher")  # a student's identity holds where its teacher is
+    (path,) = (tmp_path / "copy" / "teacher" / part).glob("*.safetensors")
+    weights = load_file(path)
+    longest = max(weights, key=lambda key: weights[key].numel())
+    weights[longest] = weights[longest] * 1.5
+    save_file(weights, path, {"format": "pt"})
+    assert load_model(str(tmp_path / "copy" / name)).identity != same
 
 
 @pytest.mark.parametrize("name", ["teacher", "lora", "full"])

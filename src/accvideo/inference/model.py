@@ -4,11 +4,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
+from torch import Tensor, nn
 
 from accvideo.command import DEFAULT_FPS, call_parameters
 from accvideo.inference.acceleration import (
@@ -22,7 +24,14 @@ from accvideo.inference.acceleration import (
 from accvideo.inference.schedulers import make_scheduler
 from accvideo.inference.student_config import StudentConfig
 from accvideo.student import load_student
-from accvideo.teacher import denoisers, fingerprint, load_pipeline, pipeline_defaults, teacher_path
+from accvideo.teacher import (
+    denoisers,
+    fingerprint,
+    load_pipeline,
+    pipeline_defaults,
+    teacher_path,
+    weights_fingerprint,
+)
 from accvideo.types import UserError
 
 PLAYGROUND_STUDENT = Path(__file__).parents[1] / "playground" / "student"
@@ -93,6 +102,7 @@ def load_model(
     check_acceleration(acceleration, device)
     place = device if acceleration.offload == "none" else "cpu"
     model = find_model(name, dtype, place, acceleration.quantization, revision)
+    model = replace(model, identity=digest(model.identity.encode(), others_identity(model.pipeline).encode()))
     accelerate_pipeline(model.pipeline, acceleration, device)
     return model
 
@@ -142,6 +152,18 @@ def find_model(
 def digest(*parts: bytes) -> str:
     """A hash of several byte strings."""
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
+
+
+def others_identity(pipeline: DiffusionPipeline) -> str:
+    """A hash of the networks around the denoisers: autoencoder, text and image encoders."""
+    modules = {name: each for name, each in pipeline.components.items() if isinstance(each, nn.Module)}
+    others: dict[str, Any] = {name: modules[name] for name in sorted(modules.keys() - denoisers(pipeline).keys())}
+    parts = []
+    for name, module in others.items():
+        config = module.config if isinstance(module.config, Mapping) else {}
+        weights = {weight_name: partial(Tensor.detach, weight) for weight_name, weight in module.named_parameters()}
+        parts.append(weights_fingerprint(name, config, weights).encode())
+    return digest(*parts)
 
 
 def student_identity(folder: Path) -> str:
