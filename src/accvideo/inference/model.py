@@ -160,7 +160,8 @@ def others_identity(pipeline: DiffusionPipeline) -> str:
     others: dict[str, Any] = {name: modules[name] for name in sorted(modules.keys() - denoisers(pipeline).keys())}
     parts = []
     for name, module in others.items():
-        config = module.config if isinstance(module.config, Mapping) else {}
+        config = getattr(module, "config", None)
+        config = config if isinstance(config, Mapping) else {}  # transformers has others
         weights = {weight_name: partial(Tensor.detach, weight) for weight_name, weight in module.named_parameters()}
         parts.append(weights_fingerprint(name, config, weights).encode())
     return digest(*parts)
