@@ -17,7 +17,7 @@ import tyro
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from accvideo.call import DenoiserCall
+from accvideo.call import DenoiserCall, layer_features, replay
 from accvideo.data.dataset import TrajectoryFolder
 from accvideo.discriminator import Discriminator
 from accvideo.distill import MAX_SKIPPED, distill, set_learning_rates, train
@@ -508,6 +508,38 @@ def test_a_data_set_of_another_teacher_is_refused(tmp_path: Path):
     shutil.rmtree(tmp_path / "teacher")
     with pytest.raises(UserError, match="cannot load the data set's teacher"):
         distill(tiny_config(folder, tmp_path / "student"))
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_training_goes_on_from_a_student(folder: TrajectoryFolder, tmp_path: Path, full: bool):
+    """Before its first iteration the new student is the old one; its discriminator still sees the teacher."""
+    distill(tiny_config(folder, tmp_path / "first", full=full, learning_rate=1e-2, num_iterations=10))
+    further = tiny_config(folder, tmp_path / "further", full=full, start_from=str(tmp_path / "first"))
+    distill(further)
+    *_, last = (line for line in read_metrics(tmp_path / "first/metrics.jsonl") if "validation_loss" in line)
+    start, *_ = read_metrics(further.out / "metrics.jsonl")
+    assert {name: last[name] for name in start["start"]} == start["start"]
+
+    sigmas, batch = folder.manifest.key_sigmas, next(folder.batches(2, seed=0))
+    student = start_training(further, load_denoisers(folder.manifest), sigmas, batch).student
+    teacher = load_denoisers(folder.manifest)["transformer"]
+    call, latents = batch.calls[0], batch.states[:, 0]
+    expected = layer_features(teacher, call, latents, 1)
+    assert torch.equal(student.teacher_features("transformer", call, latents, 1), expected)
+    assert not torch.equal(student.velocity("transformer", call, latents), replay(teacher, call, latents))
+
+
+def test_only_students_of_the_same_teacher_and_kind_can_be_gone_on_from(folder: TrajectoryFolder, tmp_path: Path):
+    distill(tiny_config(folder, tmp_path / "first", num_iterations=1))
+    for settings, message in (
+        ({"start_from": "playground-student"}, "is a student of playground, and .* their denoisers differ"),
+        ({"start_from": str(tmp_path / "first"), "lora_rank": 3}, "was trained with --no-full --lora-rank 2"),
+        ({"start_from": str(tmp_path / "first"), "full": True}, "was trained with --no-full --lora-rank 2"),
+        ({"start_from": str(tmp_path)}, "holds no finished student"),
+    ):
+        with pytest.raises(UserError, match=message):
+            distill(tiny_config(folder, tmp_path / "student", **settings))
+    assert not (tmp_path / "student").exists()
 
 
 def test_at_least_one_trajectory_must_be_left_to_train_on(folder: TrajectoryFolder, tmp_path: Path):

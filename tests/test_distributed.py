@@ -242,15 +242,18 @@ CASES: dict[str, dict[str, Any]] = {
 
 def test_two_ranks_train_as_one_with_the_same_batch(folder: TrajectoryFolder, tmp_path: Path):
     """Losses, norms, validations and weights, with the discriminator, whatever is sharded or accumulated."""
+    start = tmp_path / "start"
+    distill(tiny_config(folder, start, full=True, num_iterations=1, learning_rate=1e-2))
+    cases = CASES | {"going on": {"full": True, "start_from": str(start), "learning_rate": 1e-3}}
 
     def all_cases() -> None:
-        for name, settings in CASES.items():
+        for name, settings in cases.items():
             port = int(os.environ["MASTER_PORT"])
             distill(tiny_config(folder, tmp_path / f"two {name}", **settings))
             os.environ["MASTER_PORT"] = str(port + 1)
 
     run_ranks(all_cases, 2, tmp_path / "log")
-    for name, settings in CASES.items():
+    for name, settings in cases.items():
         alone = settings | {"accumulate": 1, "shard_base": False, "gradient_checkpointing": False}
         distill(tiny_config(folder, tmp_path / f"one {name}", **alone))
         assert_same_run(tmp_path / f"two {name}", tmp_path / f"one {name}", tolerance=1e-5)

@@ -32,7 +32,7 @@ from accvideo.training.distributed import (
 from accvideo.training.health import sample_health
 from accvideo.training.journal import last_validation, logged
 from accvideo.training.recipe import PLACES, DistillConfig, claim_folder, resolved, rows_of_part, settings
-from accvideo.training.start import load_denoisers, start_training
+from accvideo.training.start import check_start, load_denoisers, start_training
 from accvideo.training.steps import (
     Batches,
     Sweep,
@@ -267,6 +267,7 @@ def distill_together(config: DistillConfig) -> dict[str, Any]:
     console = Console(stderr=True, quiet=rank() > 0)
     if config.quantization is not None:
         quantization_config(config.quantization)
+    check_start(config, manifest)
     part_size = rows_of_part(config)
     num_steps = sum(map(len, student_sweeps(manifest.num_student_steps, config.num_student_steps)))
     if rank() == 0:

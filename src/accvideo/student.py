@@ -18,7 +18,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -233,6 +233,20 @@ def save_lora(path: Path, denoiser: Any) -> None:
         path,
         metadata={"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(metadata, sort_keys=True)},
     )
+
+
+def saved_weights(folder: Path, config: StudentConfig) -> dict[str, Any]:
+    """The trained weights of a saved student, each read when a slice of it is taken, by the names of `trained`."""
+    found = {}
+    for component in config.fingerprints:
+        lora = config.lora_rank is not None
+        paths = [folder / LORA_FILES[component]] if lora else (folder / component).glob("*.safetensors")
+        for path in paths:
+            file: Any = safe_open(path, framework="pt")
+            for key in file.keys():  # noqa: SIM118 - no mapping
+                name = key.removeprefix("transformer.").removesuffix("weight") + "default.weight" if lora else key
+                found[f"{component}.{name}"] = file.get_slice(key)
+    return found
 
 
 def load_student(

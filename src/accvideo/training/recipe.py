@@ -36,6 +36,9 @@ class DistillConfig:
     numbers: one student that takes any of them, the first unless asked. None given: all recorded key points."""
     tell_size: bool = True
     """Tell a student of several numbers of steps, by its timestep, how far each step goes."""
+    start_from: str | None = None
+    """Student of the same teacher whose weights are trained on, on further trajectories or by another recipe: a folder,
+    or `playground-student`. LoRA rank, or `--full`, must be its own. None: the student starts as its teacher."""
     num_iterations: int = 400
     """Iterations; each trains one step, from noise to video and around again, on one batch."""
     batch_size: int = 16

@@ -1,6 +1,6 @@
 """What a distillation starts from: the teacher's denoisers, a student of them, heads and optimizers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -10,18 +10,20 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import AdamW
 
 from accvideo.data.manifest import Manifest
 from accvideo.discriminator import Discriminator
 from accvideo.inference.acceleration import Quantization, quantization_config, stored_fingerprint
-from accvideo.student import Student
+from accvideo.inference.model import student_folder
+from accvideo.inference.student_config import read_student_config
+from accvideo.student import Student, saved_weights
 from accvideo.teacher import fingerprint, teacher_path
-from accvideo.training.distributed import num_ranks, sharder
+from accvideo.training.distributed import num_ranks, sharder, spread_as
 from accvideo.training.recipe import DistillConfig
-from accvideo.training.steps import Rollouts, Training
+from accvideo.training.steps import Rollouts, Training, set_weights
 from accvideo.trajectory import TrajectoryBatch
 from accvideo.types import Sigmas, UserError
 
@@ -55,6 +57,8 @@ def start_training(
                 student, sigmas, batch, config.feature_layers, config.head_kernel, config.shared_head
             ).to(device)
     trained = student.trained()
+    if config.start_from is not None:
+        set_weights(student, starting_weights(config.start_from, trained))
     optimizer = partial(AdamW, weight_decay=config.weight_decay, fused=True)
     return Training(
         student=student,
@@ -64,6 +68,37 @@ def start_training(
         head_optimizer=optimizer(discriminator.parameters(), lr=config.head_learning_rate) if discriminator else None,
         average={name: p.detach().clone() for name, p in trained.items()} if config.ema_decay else {},
     )
+
+
+def check_start(config: DistillConfig, manifest: Manifest) -> None:
+    """See that the student to start from, if there is one, is of this teacher and trains the same weights.
+
+    Raises:
+        UserError: it is not, or does not.
+    """
+    if config.start_from is None:
+        return
+    theirs = read_student_config(student_folder(config.start_from))
+    if theirs.fingerprints != manifest.fingerprints:
+        raise UserError(
+            f"{config.start_from} is a student of {theirs.teacher}, and {config.data} is of {manifest.teacher}: "
+            "their denoisers differ\nGive --start-from a student of this teacher, or leave it out"
+        )
+    if theirs.lora_rank != (None if config.full else config.lora_rank):
+        own = "--full" if theirs.lora_rank is None else f"--no-full --lora-rank {theirs.lora_rank}"
+        raise UserError(f"{config.start_from} was trained with {own}\nGive the same, or leave --start-from out")
+
+
+def starting_weights(name: str, trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The weights of a saved student, spread over the ranks as those they are for."""
+    folder = student_folder(name)
+    saved = saved_weights(folder, read_student_config(folder))
+    return {key: spread_as(weight, partial(rows_of, saved[key])) for key, weight in trained.items()}
+
+
+def rows_of(weight: Any, start: int = 0, stop: int | None = None) -> Tensor:
+    """The rows of a lazily read weight from `start` up to `stop`."""
+    return weight[start:stop]
 
 
 @contextmanager
