@@ -97,7 +97,7 @@ def begin(setting: Setting, **settings: Any) -> tuple[Any, Any, Any]:
         data="", out=Path(), num_iterations=10**9, save_every=10**9, device="cpu", precision=setting.precision,
         lora_rank=RANK, **settings,
     )  # fmt: skip
-    return config, start_training(config, {"transformer": setting.denoiser()}, SIGMAS, batch), batch
+    return config, start_training(config, {"transformer": setting.denoiser()}, SIGMAS, [batch]), batch
 
 
 def ours(setting: Setting, **settings: Any) -> Sweep:

@@ -191,7 +191,7 @@ def distill(preset: Preset, device: str, gpu: Gpu) -> dict[str, Any]:
         feature_layers=preset.feature_layers, gradient_checkpointing=True, device=device, precision="bfloat16",
     )  # fmt: skip
     sigmas = shifted_sigmas(num_steps, preset.shift or 1.0)
-    training = start_training(config, {"transformer": build(preset.denoiser, device)}, sigmas, batch)
+    training = start_training(config, {"transformer": build(preset.denoiser, device)}, sigmas, [batch])
 
     def batches(start: int) -> Iterator[TrajectoryBatch]:
         while True:

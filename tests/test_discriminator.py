@@ -29,7 +29,7 @@ def make(
 ) -> tuple[Student, Discriminator]:
     torch.manual_seed(0)
     student = Student({"transformer": wan_transformer()}, rank)
-    return student, Discriminator(student, folder.manifest.key_sigmas, batch, **options)
+    return student, Discriminator(student, folder.manifest.key_sigmas, [batch], **options)
 
 
 def randomize(student: Student) -> None:
@@ -54,7 +54,27 @@ def test_a_shared_head_is_one_head(folder: TrajectoryFolder, batch: TrajectoryBa
     _, discriminator = make(folder, batch, shared_head=True)
     features = discriminator.features(batch.states[:, 1], batch, 0)
     assert len(discriminator.heads) == 1
+    discriminator.center.zero_()
+    discriminator.scale.fill_(1.0)
     assert torch.equal(discriminator.logits(features, 0), discriminator.logits(features, 4))
+
+
+def test_heads_see_channels_of_mean_0_and_deviation_1(folder: TrajectoryFolder):
+    """Of the real features of all parts together, at each key point, however large a channel is."""
+    batches = folder.batches(2, seed=0)
+    parts = [next(batches) for _ in range(3)]
+    student, _ = make(folder, parts[0])
+    discriminator = Discriminator(student, folder.manifest.key_sigmas, parts)
+    seen: list[Tensor] = []
+    for head in discriminator.heads:
+        head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].movedim(1, -1).flatten(0, -2)))
+    for keypoint in range(5):
+        seen.clear()
+        for part in parts:
+            discriminator.logits(discriminator.real_features(part, keypoint), keypoint)
+        tokens = torch.cat(seen)
+        assert torch.allclose(tokens.mean(0), torch.zeros(tokens.shape[1]), atol=1e-4)
+        assert torch.allclose(tokens.std(0, correction=0), torch.ones(tokens.shape[1]), atol=1e-4)
 
 
 @pytest.mark.parametrize("rank", [4, None])
@@ -149,4 +169,5 @@ def test_head_width(feature_width: int, width: int):
 
 def test_only_heads_are_parameters(folder: TrajectoryFolder, batch: TrajectoryBatch, tmp_path: Path):
     _, discriminator = make(folder, batch)
-    assert {name.split(".")[0] for name in discriminator.state_dict()} == {"heads"}
+    assert {name.split(".")[0] for name, _ in discriminator.named_parameters()} == {"heads"}
+    assert discriminator.state_dict().keys() - dict(discriminator.named_parameters()) == {"center", "scale"}

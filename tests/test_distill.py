@@ -80,9 +80,11 @@ def toy_batches(start: int) -> Iterator[TrajectoryBatch]:
 
 def toy_training(config: DistillConfig) -> Training:
     training = start_training(
-        config, {"transformer": ConstantDenoiser(0.3)}, torch.tensor([1.0, 0.6, 0.0]), toy_batch(0)
+        config, {"transformer": ConstantDenoiser(0.3)}, torch.tensor([1.0, 0.6, 0.0]), [toy_batch(0)]
     )
     assert training.discriminator is not None
+    training.discriminator.center.zero_()
+    training.discriminator.scale.fill_(1.0)
     training.discriminator.heads = nn.ModuleList([Scale(0.7), Scale(-0.4)])
     training.student_optimizer = torch.optim.SGD(training.student.trained().values())
     training.head_optimizer = torch.optim.SGD(training.discriminator.heads.parameters())
@@ -295,7 +297,7 @@ def test_a_distilled_student_beats_the_teacher_at_few_steps():
     config = DistillConfig(
         **ANYWHERE, full=True, num_iterations=2000, learning_rate=2e-3, adversarial_weight=0, schedule="cosine"
     )
-    training = start_training(config, {"transformer": MixtureDenoiser()}, sigmas, batch(test))
+    training = start_training(config, {"transformer": MixtureDenoiser()}, sigmas, [batch(test)])
     lines: list[dict[str, Any]] = []
     train(config, training, sigmas, batches, [batch(test)], lines.append)
 
@@ -521,7 +523,7 @@ def test_training_goes_on_from_a_student(folder: TrajectoryFolder, tmp_path: Pat
     assert {name: last[name] for name in start["start"]} == start["start"]
 
     sigmas, batch = folder.manifest.key_sigmas, next(folder.batches(2, seed=0))
-    student = start_training(further, load_denoisers(folder.manifest), sigmas, batch).student
+    student = start_training(further, load_denoisers(folder.manifest), sigmas, [batch]).student
     teacher = load_denoisers(folder.manifest)["transformer"]
     call, latents = batch.calls[0], batch.states[:, 0]
     expected = layer_features(teacher, call, latents, 1)

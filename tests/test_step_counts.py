@@ -176,7 +176,7 @@ def test_validation_of_several_numbers_is_the_mean_of_each(folder: TrajectoryFol
     several = config(folder, tmp_path / "student", 1, 2, adversarial_weight=0.0)
     batch, sigmas = collate_trajectories([folder[i] for i in range(3)]), folder.manifest.key_sigmas
     loaded = {name: denoiser for name, denoiser in denoisers(load_pipeline(folder.manifest.teacher)).items()}
-    training = start_training(several, loaded, sigmas, batch)
+    training = start_training(several, loaded, sigmas, [batch])
     sweeps = student_sweeps(5, several.num_student_steps)
     both, one, two = (measure(training, [batch], sigmas, part) for part in (sweeps, sweeps[:1], sweeps[1:]))
     assert both["latent_error"] == pytest.approx((one["latent_error"] + two["latent_error"]) / 2)

@@ -194,7 +194,7 @@ def test_gradient_checkpointing_changes_no_gradient(folder: TrajectoryFolder, ba
     for checkpointing in (False, True):
         student = make_student(folder, rank, gradient_checkpointing=checkpointing)
         torch.manual_seed(0)
-        discriminator = Discriminator(student, folder.manifest.key_sigmas, batch)
+        discriminator = Discriminator(student, folder.manifest.key_sigmas, [batch])
         velocity = student.velocity("transformer", batch.calls[3], batch.states[:, 3])
         features = discriminator.features(batch.states[:, 3] - 0.2 * velocity, batch, 3)
         discriminator.logits(features, 3).square().sum().backward()

@@ -131,9 +131,7 @@ def train(
                         measured(trajectory_loss=rejoining)
                     accumulate(loss / len(parts))
 
-                    with torch.no_grad():
-                        real_latents = rollout.batch.states[:, step.end]
-                        real_features = discriminator.features(real_latents, rollout.batch, keypoint)
+                    real_features = discriminator.real_features(rollout.batch, keypoint)
                     features = torch.cat([real_features, fake_features.detach()])
                     real_logits, fake_logits = discriminator.logits(features, keypoint).chunk(2)
                     head_loss = adversarial.head(real_logits, fake_logits).mean()
@@ -295,7 +293,7 @@ def distill_together(config: DistillConfig) -> dict[str, Any]:
     held_out = [to_device(collate_trajectories([folder[i] for i in chunk]), config.device) for chunk in chunks]
     sigmas = manifest.key_sigmas
     denoisers = load_denoisers(manifest, config.quantization)
-    training = start_training(config, denoisers, sigmas, next(batches(0)))
+    training = start_training(config, denoisers, sigmas, list(islice(batches(0), config.accumulate)))
     with Checkpoints(config.out / "checkpoints") as checkpoints:
         restore(checkpoints.newest(), training, batches, config.accumulate)
         with logged(config, training, num_steps, console) as log:

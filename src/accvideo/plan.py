@@ -215,7 +215,7 @@ def training_cost(preset: Preset, *depths: int) -> Cost:
     states = meta(3, *preset.state_shape, dtype=torch.float32)
     batch = TrajectoryBatch(states, (call, call), ("transformer",) * 2, ("",), (0,))
     with torch.device("meta"), metered():
-        discriminator = Discriminator(student, sigmas, batch)
+        discriminator = Discriminator(student, sigmas, [batch])
     trained, heads = list(student.parameters()), list(discriminator.heads.parameters())
     for parameter in (*trained, *heads):
         parameter.register_post_accumulate_grad_hook(lambda each: setattr(each, "grad", None))

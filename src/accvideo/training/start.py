@@ -1,6 +1,6 @@
 """What a distillation starts from: the teacher's denoisers, a student of them, heads and optimizers."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from accvideo.types import Sigmas, UserError
 
 
 def start_training(
-    config: DistillConfig, denoisers: dict[str, nn.Module], sigmas: Sigmas, batch: TrajectoryBatch
+    config: DistillConfig, denoisers: dict[str, nn.Module], sigmas: Sigmas, parts: Sequence[TrajectoryBatch]
 ) -> Training:
     """Student, heads, optimizers and empty queues before the first iteration.
 
@@ -37,7 +37,7 @@ def start_training(
         config: the settings, resolved.
         denoisers: the teacher's, by name; they become the student's.
         sigmas: noise levels of the K + 1 key points.
-        batch: any batch of the data set.
+        parts: of the first batch, those that are this rank's.
     """
     device, adversarial = torch.device(config.device), config.adversarial_weight > 0
     with torch.random.fork_rng():
@@ -54,7 +54,7 @@ def start_training(
         discriminator = None
         if adversarial:
             discriminator = Discriminator(
-                student, sigmas, batch, config.feature_layers, config.head_kernel, config.shared_head
+                student, sigmas, parts, config.feature_layers, config.head_kernel, config.shared_head
             ).to(device)
     trained = student.trained()
     if config.start_from is not None:
