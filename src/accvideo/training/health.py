@@ -140,7 +140,7 @@ class Watch:
     chance_loss: float
     rung: set[str] = field(default_factory=set)
     start: dict[str, Any] = field(default_factory=dict)
-    """The student before its first iteration: the teacher itself, at few steps."""
+    """The student before its first iteration: the teacher itself at few steps, or the student it goes on from."""
     first_losses: dict[int, float] = field(default_factory=dict)
     """Trajectory loss by key point that the training started from."""
     first_head_losses: dict[int, float] = field(default_factory=dict)
@@ -242,7 +242,7 @@ class Watch:
         self.num_worse = self.num_worse + 1 if ratio > MAX_RISE else 0
         if self.num_worse == 2:
             meaning = "The distance to the teacher's held-out latents over that before the training, twice in a row,"
-            advice = "The teacher itself does better at as few steps: lower --learning-rate or --adversarial-weight."
+            advice = "What the training started from does better: lower --learning-rate or --adversarial-weight."
             yield Alarm("worse_than_start", ratio, MAX_RISE, meaning, advice)
         loss = fmean(line["validation_loss"])
         ratio = loss / min(loss, self.lowest_validation)
