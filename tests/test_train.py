@@ -7,7 +7,7 @@ from diffusers import WanPipeline
 from safetensors.torch import load_file
 from torch import nn
 
-from accvideo.playground import networks, train, updates, world
+from accvideo.playground import networks, remake, train, updates, world
 from accvideo.teacher import PLAYGROUND_TEACHER, denoising_grid
 from accvideo.types import UserError
 from tests.tiny import tiny_wan_pipeline
@@ -113,9 +113,12 @@ def test_going_on_keeps_the_latents_and_the_denoiser(tmp_path: Path, teacher: Wa
             torch.testing.assert_close(weight, other, rtol=0, atol=5e-3)
 
 
-def test_refining_the_decoder_alone_leaves_latents_and_denoiser_as_they_are(tmp_path: Path, teacher: WanPipeline):
+@pytest.mark.parametrize("student", [None, "playground-student"])
+def test_refining_the_decoder_alone_leaves_latents_and_denoiser_as_they_are(
+    tmp_path: Path, teacher: WanPipeline, student: str | None
+):
     config = replace(tiny_config(tmp_path / "on"), start_from="playground", denoiser_iterations=0, refine_encoder=False)
-    train.train(config)
+    train.train(replace(config, refine_by=student))
     after = WanPipeline.from_pretrained(tmp_path / "on" / "teacher", dtype=torch.float32)
     for part in ("transformer", "text_encoder", "vae"):
         for (name, old), new in zip(
@@ -123,6 +126,28 @@ def test_refining_the_decoder_alone_leaves_latents_and_denoiser_as_they_are(tmp_
         ):
             decodes = part == "vae" and name.startswith(("decoder", "post_quant_conv"))
             assert torch.equal(old, new) == (not decodes), name
+
+
+def test_a_student_remakes_the_latents_of_clips(teacher: WanPipeline):
+    """From its last key point it comes back near to them, from the one before less near; from no noise it stays."""
+    scenes = world.random_scenes(4, torch.Generator().manual_seed(0))
+    captions, vae = world.captions_of(scenes.requests), teacher.vae
+    mean, std = (torch.tensor(vae.config[name]).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
+    with torch.no_grad():
+        latents = (vae.encode(world.draw(scenes) * 2 - 1).latent_dist.mean - mean) / std
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
+    model = remake.load_remaker("playground-student", torch.device("cpu"))
+    one, two = ((remake.remade(model, latents, captions, noise, n) - latents).square().mean() for n in (1, 2))
+    other = (remake.remade(model, latents, captions[::-1], noise, 2) - latents).square().mean()
+    noised = [sigma**2 * (noise - latents).square().mean() for sigma in model.student.sigmas[-2:-4:-1]]  # type: ignore[union-attr]
+    assert one < two < other and one < 0.3 * noised[0] and two < 0.3 * noised[1]
+
+
+def test_only_a_student_remakes_latents_and_only_where_they_stay(tmp_path: Path):
+    with pytest.raises(UserError, match="playground is a teacher"):
+        remake.load_remaker("playground", torch.device("cpu"))
+    with pytest.raises(UserError, match="needs latents that stay"):
+        replace(tiny_config(tmp_path), refine_by="playground-student", start_from="playground")
 
 
 def test_a_third_of_hard_scenes_show_a_star_or_a_cross_that_spins():

@@ -37,6 +37,7 @@ from accvideo.playground.networks import (
     load_start,
     save_teacher,
 )
+from accvideo.playground.remake import NUM_STEPS, load_remaker, remade
 from accvideo.playground.updates import Graphed, adamw, minimize, move_averages, muon, schedule, set_learning_rate
 from accvideo.trajectory import write_whole
 from accvideo.types import UserError
@@ -76,6 +77,9 @@ class TrainConfig:
     """Train the encoder in these updates too; without it the latents stay, and so do denoiser, records and students."""
     refine_noise: float = 0.2
     """Most noise on the latents that the decoder is given, in their standard deviations; drawn for each clip."""
+    refine_by: str | None = None
+    """Student, such as `playground-student`, whose last steps remake most of these latents, so that the decoder learns
+    to read what samplers make; needs `--start-from` its teacher, and `--no-refine-encoder`. None: noise alone."""
     denoiser_iterations: int = 30_000
     """Updates of the denoiser and the text encoder."""
     denoiser_batch_size: int = 512
@@ -108,6 +112,8 @@ class TrainConfig:
                 f"pool_start={self.pool_start} must lie between denoiser_batch_size={self.denoiser_batch_size} "
                 f"and pool_size={self.pool_size}"
             )
+        if self.refine_by is not None and (self.start_from is None or self.refine_encoder):
+            raise UserError("refine_by needs latents that stay: give --start-from and --no-refine-encoder too")
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -287,29 +293,38 @@ def refine_vae(config: TrainConfig, vae: AutoencoderKLWan, device: torch.device)
     averaged = list(averages["vae"].values())
     optimizer = muon([w for w in weights if w.ndim >= 4], [w for w in weights if w.ndim < 4])
     checkpoint = _Checkpoint(config.out / "refined", {"vae": vae}, optimizer, averages)
-    std = torch.tensor(vae.config.latents_std, device=device).view(1, -1, 1, 1, 1)  # type: ignore[attr-defined]
+    mean, std = (
+        torch.tensor(vae.config[name], device=device).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std")
+    )
+    remaker = None if config.refine_by is None else load_remaker(config.refine_by, device)
 
-    def update(clips: Tensor, weight: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    def update(clips: Tensor, weight: Tensor, error: Tensor) -> dict[str, Tensor]:
         with torch.autocast(device.type, dtype=torch.bfloat16):
             with torch.no_grad():
                 held = old.encode(clips).latent_dist.mean.float()
             latents = vae.encode(clips).latent_dist.mean.float()  # type: ignore[union-attr]
-            decoded = vae.decode(latents + std * noise).sample  # type: ignore[union-attr]
-        error, moved = decoded.float() - clips, ((latents - held) / std).square().mean()
+            decoded = vae.decode(latents + std * error).sample  # type: ignore[union-attr]
+        missed, moved = decoded.float() - clips, ((latents - held) / std).square().mean()
         optimizer.zero_grad()
-        (pixel_loss(error, weight) + config.refine_hold * moved).backward()
+        (pixel_loss(missed, weight) + config.refine_hold * moved).backward()
         optimizer.step()
-        return {"psnr_db": psnr(error), "moved": moved.detach().sqrt()}
+        return {"psnr_db": psnr(missed), "moved": moved.detach().sqrt()}
 
     run_update = Graphed(update, optimizer)
 
     def iterate(iteration: int) -> dict[str, Tensor]:
         set_learning_rate(optimizer, config.refine_learning_rate * schedule(iteration, config.refine_iterations))
         generator = _generator(config.seed, "refine", iteration, device)
-        clips, weight = draw_weighted(hard_scenes(config.refine_batch_size, generator))
+        scenes = hard_scenes(config.refine_batch_size, generator)
+        clips, weight = draw_weighted(scenes)
         noise = torch.randn(len(clips), LATENT_CHANNELS, 5, 4, 4, generator=generator, device=device)
         amount = config.refine_noise * torch.rand(len(clips), 1, 1, 1, 1, generator=generator, device=device)
-        metrics = run_update(clips, weight, amount * noise)
+        error = amount * noise
+        if remaker is not None and (num_steps := NUM_STEPS[iteration % len(NUM_STEPS)]) > 0:
+            with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16):
+                latents = (old.encode(clips).latent_dist.mean.float() - mean) / std
+                error = remade(remaker, latents, world.captions_of(scenes.requests), noise, num_steps) - latents
+        metrics = run_update(clips, weight, error)
         move_averages(averaged, weights, min(0.997, (1 + iteration) / (10 + iteration)))
         return metrics
 
