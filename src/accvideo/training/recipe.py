@@ -159,6 +159,7 @@ def playground(data: str, out: Path) -> DistillConfig:
         num_iterations=100,
         full=True,
         learning_rate=2e-4,
+        head_learning_rate=3e-3,
         schedule="cosine",
         adversarial_start=60,
     )
