@@ -75,7 +75,7 @@ def test_forward_passes_are_those_that_are_counted(data: Path, tmp_path: Path, c
     finally:
         hook.remove()
     together = 3 if config.update == "shared" else 4
-    first_look = 1 if config.adversarial_weight else 0
+    first_look = 5 if config.adversarial_weight else 0
     assert seen == plain + judged * together + first_look and plain + judged == 13
     # A paired step has a backward pass, 2; a judged one another and that through the features to their input, 1.
     backward = 2 * (plain + judged) + (1 if config.update == "shared" else 3) * judged
@@ -90,8 +90,8 @@ def test_recipes_differ_in_records_and_training():
     assert plain.training == whole.training == half.training == quarter.training
     assert [each.recording for each in (whole, half, quarter)] == [Recording("adams2", 20, n) for n in (960, 480, 240)]
     assert whole.recording.evaluations == 960 * 20 * CALLS
-    assert training_evaluations(published.training) == 32 * (1200 * 9 + 1)
-    assert training_evaluations(whole.training) == 16 * (600 * 3 + 200 * 9 + 1)
+    assert training_evaluations(published.training) == 32 * (1200 * 9 + 5)
+    assert training_evaluations(whole.training) == 16 * (600 * 3 + 200 * 9 + 5)
     runs = [run for recipe in plan_recipes(config) for run in recipe.runs(Path("cache"), 3)]
     assert len({run.out for run in runs}) == 15 and {run.seed for run in runs} == {0, 1, 2}
     found = {each.recording for each in plan_recipes(config)}

@@ -231,7 +231,7 @@ def training_evaluations(config: DistillConfig) -> int:
     """Denoiser evaluations of a distillation without validation, for one sample each: forward 1, backward 2."""
     plain, judged = iterations_of(config)
     together = JUDGED if config.update == "shared" else PAIRED + JUDGED
-    first_look = 1 if config.adversarial_weight else 0  # by which the heads learn the width of the features
+    first_look = STUDENT_STEPS if config.adversarial_weight else 0  # at the features of each key point
     return config.batch_size * (plain * PAIRED + judged * together + first_look)
 
 
