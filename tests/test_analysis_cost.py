@@ -180,7 +180,7 @@ def test_recipes_are_recorded_distilled_and_compared(
     results = cost(config)
     names = [row["name"] for row in results["recipes"]]
     assert names == ["paper", "default, the paper's records", "default, 2 records of 5 steps"]
-    assert [row["evaluations"] for row in results["recipes"]] == [400 + 92, 400 + 62, 20 + 62]
+    assert [row["evaluations"] for row in results["recipes"]] == [400 + 100, 400 + 70, 20 + 70]
     assert all(len(row["metrics"]["latent_mse"]) == 1 for row in results["recipes"])
     student = read_student_config(config.out / "cache" / "default-2-records-of-5-steps-0")
     assert (student.solver, student.recorded_num_steps, student.teacher_num_steps) == ("adams2", 5, 50)
