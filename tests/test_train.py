@@ -129,23 +129,25 @@ def test_refining_the_decoder_alone_leaves_latents_and_denoiser_as_they_are(
 
 
 def test_a_student_remakes_the_latents_of_clips(teacher: WanPipeline):
-    """From its last key point it comes back near to them, from the one before less near; from no noise it stays."""
+    """From its last key point it comes back near to them, less from the one before, less by another caption."""
     scenes = world.random_scenes(4, torch.Generator().manual_seed(0))
     captions, vae = world.captions_of(scenes.requests), teacher.vae
     mean, std = (torch.tensor(vae.config[name]).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
     with torch.no_grad():
         latents = (vae.encode(world.draw(scenes) * 2 - 1).latent_dist.mean - mean) / std
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
-    model = remake.load_remaker("playground-student", torch.device("cpu"))
+    model = remake.load_remaker("playground-student", vae, torch.device("cpu"))
     one, two = ((remake.remade(model, latents, captions, noise, n) - latents).square().mean() for n in (1, 2))
     other = (remake.remade(model, latents, captions[::-1], noise, 2) - latents).square().mean()
     noised = [sigma**2 * (noise - latents).square().mean() for sigma in model.student.sigmas[-2:-4:-1]]  # type: ignore[union-attr]
     assert one < two < other and one < 0.3 * noised[0] and two < 0.3 * noised[1]
 
 
-def test_only_a_student_remakes_latents_and_only_where_they_stay(tmp_path: Path):
+def test_only_a_student_remakes_latents_and_only_where_they_stay(tmp_path: Path, teacher: WanPipeline):
     with pytest.raises(UserError, match="playground is a teacher"):
-        remake.load_remaker("playground", torch.device("cpu"))
+        remake.load_remaker("playground", teacher.vae, torch.device("cpu"))
+    with pytest.raises(UserError, match="latents of another encoder"):
+        remake.load_remaker("playground-student", networks.build_vae(), torch.device("cpu"))
     with pytest.raises(UserError, match="needs latents that stay"):
         replace(tiny_config(tmp_path), refine_by="playground-student", start_from="playground")
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from accvideo.flow import euler_step
 from accvideo.inference.model import Model, load_model
@@ -20,15 +20,20 @@ NUM_STEPS = (1, 0, 1, 2, 1, 0, 1, 1)
 """Last steps that the student takes in each of eight batches; 0: the latents get plain noise instead."""
 
 
-def load_remaker(name: str, device: torch.device) -> Model:
-    """The student called `name`, on a device.
+def load_remaker(name: str, vae: nn.Module, device: torch.device) -> Model:
+    """The student called `name`, on a device, if its latents are those of an autoencoder.
 
     Raises:
-        UserError: it is none.
+        UserError: it is no student, or one of other latents.
     """
     model = load_model(name, torch.float32, str(device))
     if model.student is None:
         raise UserError(f"{name} is a teacher; give --refine-by a student of the playground, or playground-student")
+    own, other = (each.encoder.state_dict() for each in (vae, model.pipeline.components["vae"]))  # type: ignore[union-attr]
+    if own.keys() != other.keys() or not all(torch.equal(weight, other[key]) for key, weight in own.items()):
+        raise UserError(
+            f"{name} makes latents of another encoder\nGive --start-from the teacher that it is a student of"
+        )
     return model
 
 

@@ -296,7 +296,7 @@ def refine_vae(config: TrainConfig, vae: AutoencoderKLWan, device: torch.device)
     mean, std = (
         torch.tensor(vae.config[name], device=device).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std")
     )
-    remaker = None if config.refine_by is None else load_remaker(config.refine_by, device)
+    remaker = None if config.refine_by is None else load_remaker(config.refine_by, vae, device)
 
     def update(clips: Tensor, weight: Tensor, error: Tensor) -> dict[str, Tensor]:
         with torch.autocast(device.type, dtype=torch.bfloat16):
