@@ -15,7 +15,7 @@ from accvideo.command import choose_device, progress_bar
 from accvideo.data.dataset import TrajectoryFolder
 from accvideo.data.manifest import Manifest
 from accvideo.distill import distill
-from accvideo.training.recipe import DistillConfig
+from accvideo.training.recipe import DistillConfig, fast_precision
 from accvideo.types import UserError
 
 Method = Literal["trajectory", "accvideo", "perflow", "consistency", "dmd2"]
@@ -178,7 +178,6 @@ def train(config: BaselinesConfig, run: Run, cache: Path, manifest: Manifest, nu
                 adversarial_weight=0.1 if run.method == "accvideo" else 0.0,
                 adversarial_start=round(start * num_iterations),
                 num_validation=0,
-                precision="float32",
                 device=device,
                 seed=run.seed,
             )
@@ -190,6 +189,7 @@ def train(config: BaselinesConfig, run: Run, cache: Path, manifest: Manifest, nu
         budget=config.budget,
         seed=run.seed,
         batch_size=config.batch_size,
+        precision=fast_precision(device),
         device=device,
     )
     with progress_bar() as progress:

@@ -175,9 +175,14 @@ def resolved(config: DistillConfig) -> DistillConfig:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if precision == "auto":
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        precision = "bfloat16" if device != "cpu" or fast else "float32"
+        precision = fast_precision(device)
     return replace(config, device=device, precision=precision)
+
+
+def fast_precision(device: str) -> Literal["float32", "bfloat16"]:
+    """bfloat16 where the hardware has it."""
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if device != "cpu" or fast else "float32"
 
 
 def settings(config: DistillConfig) -> dict[str, Any]:

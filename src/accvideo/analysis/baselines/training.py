@@ -208,14 +208,20 @@ def dmd2(setting: Setting, first: TrajectoryBatch) -> Update:
             return layer_features(fake.denoisers[name], call, latents, layer[name]).float()
 
     def logits(values: Tensor) -> Tensor:
+        values = (values - center) / scale
         frames, height, width = token_grid(values.shape[1], first.states.shape[2:])
         images = values.reshape(-1, height, width, values.shape[-1]).permute(0, 3, 1, 2)
         return head(images).reshape(len(values), -1)
 
+    # As AccVideo's own heads, this one sees channels of mean 0 and deviation 1: see `Discriminator`.
     with torch.no_grad():
-        video = first.states[:, -1]
-        width = features(first, 0, video, key_sigmas[0].expand(len(video)).to(video.device)).shape[-1]
-    head = Head(width).to(recipe.device)
+        video, noise = first.states[:, -1], setting.noise(first.states[:, -1])
+        levels = [setting.levels_between(window, len(video), video.device) for window in range(num_steps)]
+        seen = torch.cat(
+            [features(first, window, noised(video, noise, level), level) for window, level in enumerate(levels)]
+        ).flatten(0, 1)
+        center, scale = seen.mean(0), seen.std(0).clamp(min=1e-6)
+    head = Head(len(center)).to(recipe.device)
     optimizer = AdamW([*fake.trained().values(), *head.parameters()], lr=recipe.learning_rate, weight_decay=0.0)
 
     def generate(keypoint: int, batch: TrajectoryBatch) -> Latents:
