@@ -15,7 +15,7 @@ from accvideo.analysis.grids import (
     shifted_grid,
     start_costs,
 )
-from accvideo.analysis.keypoints import KeypointsConfig, keypoints
+from accvideo.analysis.keypoints import CHOICES, KeypointsConfig, keypoints
 from accvideo.data.dataset import TrajectoryFolder
 from accvideo.data.manifest import read_manifest
 from accvideo.data.verify import problems
@@ -24,7 +24,7 @@ from accvideo.flow import even_grid, keypoint_indices, shifted_sigmas
 from accvideo.inference.student_config import read_student_config
 from accvideo.training.recipe import DistillConfig
 from accvideo.types import UserError
-from tests.recorded import record_tiny
+from tests.recorded import PROMPTS, record_tiny
 
 
 def random_states(num_levels: int, seed: int = 0) -> torch.Tensor:
@@ -134,3 +134,30 @@ def test_a_student_learns_on_the_key_points_that_were_chosen(tmp_path: Path):
     student = read_student_config(tmp_path / "student")
     assert student.sigmas == pytest.approx([full.manifest.sigmas[i] for i in chosen])
     assert student.scheduler["class"] == "KeyPointScheduler"
+
+
+def test_students_of_every_choice_are_evaluated_beside_their_teacher(tmp_path: Path):
+    full = record_tiny(tmp_path, num_student_steps=10)
+    (tmp_path / "test.txt").write_text("\n".join(PROMPTS[:2]))
+    config = KeypointsConfig(
+        data=tmp_path / "data", out=tmp_path / "out", num_student_steps=(1, 3, 4), distill=(1, 3), num_seeds=2,
+        num_iterations=5, batch_size=2, num_prompts=2, prompts=tmp_path / "test.txt", device="cpu",
+    )  # fmt: skip
+    results = keypoints(config)
+    teacher, *students = results["students"]
+    assert teacher["name"] == "teacher" and teacher["denoiser_calls"] == 20
+    assert [(row["num_student_steps"], row["choice"]) for row in students] == [(k, c) for k in (1, 3) for c in CHOICES]
+    assert all(len(row["metrics"]["latent_mse"]) == 2 and row["denoiser_calls"] == row["num_steps"] for row in students)
+    # With one step all choices are the same: so are their students, each trained once.
+    cache = tmp_path / "out" / "cache"
+    assert students[0]["metrics"] == students[1]["metrics"] == students[2]["metrics"]
+    grids = {tuple(row["keypoints"]) for row in results["rows"] if row["num_student_steps"] in (1, 3)}
+    assert len(list(cache.glob("student-*"))) == 2 * len(grids)
+    for grid in grids:
+        student = read_student_config(cache / f"student-{'-'.join(map(str, grid))}-1")
+        assert student.sigmas == pytest.approx([full.manifest.sigmas[i] for i in grid])
+    written = (tmp_path / "out/keypoints.md").read_text()
+    assert all(f"| {k}, {choice} |" in written for k in (1, 3) for choice in CHOICES)
+    assert keypoints(config)["students"] == results["students"]
+    with pytest.raises(UserError, match="choose among num_student_steps"):
+        replace(config, distill=(2,))

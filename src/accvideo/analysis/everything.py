@@ -17,7 +17,7 @@ from accvideo.analysis.comparison import JUDGED, METHODS, PAIRED
 from accvideo.analysis.cost import CostConfig, plan_recipes, work_left
 from accvideo.analysis.coverage import NUM_FOLLOWED_LEVELS
 from accvideo.analysis.folder import open_analysis
-from accvideo.analysis.keypoints import write_part
+from accvideo.analysis.keypoints import CHOICES, write_part
 from accvideo.analysis.toy import estimate_seconds
 from accvideo.analysis.toy_training import Study
 from accvideo.cli import COMMANDS, execute
@@ -75,6 +75,8 @@ class Sizes:
     num_steps: int = 50
     """Of the teacher, all of whose states are recorded."""
     num_student_steps: tuple[int, ...] = (1, 2, 3, 4, 5, 8, 10)
+    chosen: tuple[int, ...] = (2, 5, 8)
+    """Numbers of steps for which students of all choices of key points are distilled."""
     num_seeds: int = 3
     toy_seeds: int = 5
     toy_iterations: tuple[int, int] = (10_000, 1500)
@@ -108,6 +110,7 @@ SHORT = Sizes(
     num_trajectories=8,
     num_steps=10,
     num_student_steps=(1, 5),
+    chosen=(5,),
     num_seeds=1,
     toy_seeds=1,
     toy_iterations=(20, 10),
@@ -205,19 +208,22 @@ def coverage_part(sizes: Sizes, place: Place) -> Part:
 
 
 def keypoints_part(sizes: Sizes, place: Place) -> Part:
-    """Key points; no network runs."""
-    arguments = words(place.data, "--num-student-steps", sizes.num_student_steps)
-    return Part(arguments, Work(seconds=sizes.num_trajectories * sizes.num_steps**2 * 4e-5))
+    """Key points: choosing them, and students of all choices."""
+    num_students = len(CHOICES) * sizes.num_seeds
+    arguments = words(place.data, "--num-student-steps", sizes.num_student_steps, "--distill", sizes.chosen)
+    work = Work(CALLS * sizes.num_steps, 1).times(sizes.num_prompts)
+    work += Work(seconds=sizes.num_trajectories * sizes.num_steps**2 * 4e-5)
+    for number in sizes.chosen:
+        work += student_work(sizes, number).times(num_students)
+    return Part([*arguments, *student_arguments(sizes)], work)
 
 
 def ablation_part(sizes: Sizes, place: Place) -> Part:
     """The paper's Figure 7, and beyond."""
     num_variants = len(FIGURE_7) + (0 if sizes.figure_7 else len(BEYOND) + len(FRACTIONS))
-    evaluations = sizes.num_iterations * sizes.batch_size * (PAIRED + ADVERSARIAL * JUDGED)
-    each = Work(evaluations + sizes.num_prompts * STUDENT_STEPS, sizes.num_prompts)
     return Part(
         words(place.cut, *(["--figure-7"] if sizes.figure_7 else []), *student_arguments(sizes)),
-        each.times(num_variants * sizes.num_seeds) + teacher_work(sizes, [STUDENT_STEPS]),
+        student_work(sizes, STUDENT_STEPS).times(num_variants * sizes.num_seeds) + teacher_work(sizes, [STUDENT_STEPS]),
     )
 
 
@@ -254,8 +260,14 @@ def steps_part(sizes: Sizes, place: Place) -> Part:
     )
 
 
+def student_work(sizes: Sizes, num_student_steps: int) -> Work:
+    """Distilling and evaluating a student by the preset `playground`."""
+    evaluations = sizes.num_iterations * sizes.batch_size * (PAIRED + ADVERSARIAL * JUDGED)
+    return Work(evaluations + sizes.num_prompts * num_student_steps, sizes.num_prompts)
+
+
 def student_arguments(sizes: Sizes) -> list[str]:
-    """What ablation and steps are asked for alike."""
+    """What key points, ablation and steps are asked for alike."""
     names = ("num_seeds", "num_iterations", "batch_size", "num_prompts")
     return words(*((f"--{name.replace('_', '-')}", getattr(sizes, name)) for name in names))
 
@@ -307,9 +319,6 @@ PARTS: dict[str, Callable[[Sizes, Place], Part]] = {
 """By the name of the command `accvideo analyze NAME`, in the order in which they run. A new analysis takes a line here
 and a function that says what it is asked for and how much that is."""
 
-WITHOUT_DEVICE = ("toy", "keypoints")
-"""These run on the CPU."""
-
 
 def all(config: AllConfig) -> dict[str, Any]:  # noqa: A001 - named as the command is
     """Record, run what is missing, and write the page.
@@ -333,7 +342,7 @@ def all(config: AllConfig) -> dict[str, Any]:  # noqa: A001 - named as the comma
         prepare_data(config, sizes, place, device)
     for number, name in enumerate(missing, 1):
         say(f"{number} of {len(missing)}: accvideo analyze {name}")
-        options = [] if name in WITHOUT_DEVICE else ["--device", device]
+        options = [] if name == "toy" else ["--device", device]  # the 1-D study runs on the CPU
         with timed(cache / f"{name}.json"):
             execute(f"analyze {name}", [*parts[name].arguments, "--out", str(config.out / name), *options])
     sections = {name: section(config.out, name, part.arguments, cache) for name, part in parts.items()}

@@ -1,4 +1,7 @@
-"""Chooses key points from recorded trajectories that kept every state, and measures what each choice leaves to bend."""
+"""Chooses key points from recorded trajectories that kept every state, and measures what each choice leaves to bend.
+
+And what students make of it.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -9,18 +12,25 @@ from typing import Any, Literal
 import torch
 from tyro.conf import Positional
 
-from accvideo.analysis.figure import Panel, color, dot, figure, markdown_table, polyline
+from accvideo.analysis.figure import Panel, color, dot, figure, markdown_table, polyline, spread_curves
 from accvideo.analysis.folder import open_analysis, origin, settings_of, write_results
 from accvideo.analysis.grids import Costs, best_grid, best_shift, grid_cost, secant_costs, start_costs
+from accvideo.analysis.students import Evaluation, distill_all, metric_table, rows_beside_teacher, scaled
+from accvideo.command import choose_device
 from accvideo.data.dataset import TrajectoryFolder
 from accvideo.data.manifest import MANIFEST, Manifest
 from accvideo.flow import even_grid
-from accvideo.reporting.charts import Plot, log_ticks
+from accvideo.reporting.charts import Plot, log_ticks, nice_ticks
+from accvideo.reporting.wording import METRICS
+from accvideo.training.recipe import DistillConfig, playground
 from accvideo.trajectory import Trajectory, write_trajectory, write_whole
 from accvideo.types import UserError
 
 Choice = Literal["uniform", "shift", "dynamic"]
 CHOICES: tuple[Choice, ...] = ("uniform", "shift", "dynamic")
+
+SHOWN = ("all_right", "latent_mse")
+"""Metrics of students in the figure, those that there are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +38,8 @@ class KeypointsConfig:
     """Chooses key points from trajectories recorded in full: evenly, by a shift, or by dynamic programming.
 
     Record them with `accvideo record ... --num-steps 50 --num-student-steps 50`. Writes keypoints.json, .md, .svg.
+    With `--distill`, students say which choice is best for clips. Finished ones are kept: the same command goes on
+    where a killed run stopped.
     """
 
     data: Positional[Path]
@@ -39,10 +51,30 @@ class KeypointsConfig:
     write: Choice | None = None
     """Also write the data set with this choice of key points alone, for `accvideo distill`, to `data-CHOICE-K` in the
     folder, for each K."""
+    distill: tuple[int, ...] = ()
+    """Numbers K of `num_student_steps` for which students of each choice are distilled and evaluated side by side, by
+    the preset `playground`; none: no network runs."""
+    num_seeds: int = 3
+    """Students of each choice."""
+    num_iterations: int = 200
+    """Iterations of each student; the adversarial half takes part from 60 % of them on."""
+    batch_size: int = 16
+    """Trajectories an iteration."""
+    num_prompts: int = 500
+    """Clips of each row."""
+    prompts: Path | None = None
+    """As for `accvideo evaluate`; needed where the teacher is not the playground's."""
+    device: str = "auto"
+    """`auto` takes the accelerator if there is one."""
 
     def __post_init__(self) -> None:
         if not self.num_student_steps or min(self.num_student_steps) < 1:
             raise UserError(f"num_student_steps is {self.num_student_steps}; give numbers from 1")
+        if not set(self.distill) <= set(self.num_student_steps):
+            raise UserError(f"distill is {self.distill}; choose among num_student_steps, {self.num_student_steps}")
+        for name in ("num_seeds", "num_iterations", "batch_size", "num_prompts"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
 
 
 def keypoints(config: KeypointsConfig) -> dict[str, Any]:
@@ -53,7 +85,7 @@ def keypoints(config: KeypointsConfig) -> dict[str, Any]:
     """
     folder = TrajectoryFolder(config.data)
     check_states(folder.manifest, config)
-    open_analysis(config.out, settings_of(config, ("out", "write")))
+    cache = open_analysis(config.out, settings_of(config, ("out", "write", "device")))
     indices = range(len(folder))
     half = len(indices) // 2
     chosen_on, measured_on = (indices[:half], indices[half:]) if half else (indices, indices)
@@ -66,18 +98,23 @@ def keypoints(config: KeypointsConfig) -> dict[str, Any]:
     ]
     results = {
         "command": f"accvideo analyze keypoints {config.data} --out DIR",
-        **origin(),
+        **origin(choose_device(config.device) if config.distill else "cpu"),
+        "settings": settings_of(config, ("out", "write", "device")),
         "teacher": folder.manifest.teacher,
         "num_steps": folder.manifest.num_steps,
         "num_trajectories": {"chosen_on": len(chosen_on), "measured_on": len(measured_on)},
         "rows": rows,
+        "students": [],
     }
+    if config.distill:
+        wanted = [row for row in rows if row["num_student_steps"] in config.distill]
+        results["students"] = compare_students(config, folder, wanted, cache)
     if config.write is not None:
         for row in rows:
             if row["choice"] == config.write:
                 out = config.out / f"data-{config.write}-{len(row['keypoints']) - 1}"
                 write_part(folder, row["keypoints"], out)
-    return write_results(config.out, "keypoints", results, keypoints_table(rows), keypoints_figure(rows))
+    return write_results(config.out, "keypoints", results, keypoints_table(results), keypoints_figure(results))
 
 
 def check_states(manifest: Manifest, config: KeypointsConfig) -> None:
@@ -157,8 +194,67 @@ def write_part(folder: TrajectoryFolder, points: Sequence[int], out: Path) -> No
     write_whole(out / MANIFEST, manifest.to_json().encode())
 
 
-def keypoints_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The choices and what they leave, in Markdown."""
+# Students
+
+
+def compare_students(
+    config: KeypointsConfig, folder: TrajectoryFolder, rows: Sequence[Mapping[str, Any]], cache: Path
+) -> list[dict[str, Any]]:
+    """Distill what is missing and evaluate: a row for the teacher at all its steps, then one a choice and number."""
+    plan = plan_runs(config, rows, cache)
+    for row in rows:
+        data = data_folder(cache, row)
+        if not (data / MANIFEST).exists():
+            write_part(folder, row["keypoints"], data)
+    # Two choices may be of the same key points.
+    runs = {run.out: run for members in plan.values() for run in members}
+    distill_all(list(runs.values()))
+    evaluation = Evaluation(
+        out=cache / "report", num_prompts=config.num_prompts, prompts=config.prompts, seed=0, device=config.device
+    )
+    kinds = {f"{number}, {choice}": [run.out for run in members] for (number, choice), members in plan.items()}
+    teacher, *students = rows_beside_teacher(kinds, evaluation)
+    named = zip(plan, students, strict=True)
+    return [teacher, *(row | {"choice": choice, "num_student_steps": number} for (number, choice), row in named)]
+
+
+def plan_runs(
+    config: KeypointsConfig, rows: Sequence[Mapping[str, Any]], cache: Path
+) -> dict[tuple[int, Choice], list[DistillConfig]]:
+    """The configurations of all students by number of steps and choice, one a seed."""
+
+    def run(row: Mapping[str, Any], seed: int) -> DistillConfig:
+        return replace(
+            playground(str(data_folder(cache, row)), cache / f"student-{grid_name(row)}-{seed}"),
+            num_iterations=config.num_iterations,
+            batch_size=config.batch_size,
+            adversarial_start=round(0.6 * config.num_iterations),
+            num_validation=0,
+            device=config.device,
+            seed=seed,
+        )
+
+    return {
+        (row["num_student_steps"], row["choice"]): [run(row, seed) for seed in range(config.num_seeds)] for row in rows
+    }
+
+
+def data_folder(cache: Path, row: Mapping[str, Any]) -> Path:
+    """The data set with the key points of a row alone."""
+    return cache / f"data-{grid_name(row)}"
+
+
+def grid_name(row: Mapping[str, Any]) -> str:
+    """The key points in a file's name."""
+    return "-".join(map(str, row["keypoints"]))
+
+
+# What came out
+
+
+def keypoints_table(results: Mapping[str, Any]) -> str:
+    """The choices, what they leave and what students make of them, in Markdown."""
+    rows, students = results["rows"], results["students"]
     header = ["K, choice", "bend left, %", "on the half chosen on, %", "first error", "relative shift", "key points"]
     lines = [
         [
@@ -171,21 +267,31 @@ def keypoints_table(rows: Sequence[Mapping[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    return (
+    text = (
         "Bend: the squared difference of the teacher's velocity and the student's straight steps, over all noise "
         "levels, as a share of that of one straight step from noise to video; on trajectories that the key points "
         "were not chosen on.\nFirst error: mean squared distance from the teacher's states where the teacher's own "
         f"velocity leads, summed over the steps.\n\n{markdown_table(header, lines)}"
     )
+    if students:
+        settings = results["settings"]
+        text += (
+            f"\nStudents, mean and deviation of {settings['num_seeds']} of {settings['num_iterations']} iterations "
+            f"each:\n\n{metric_table(students)}"
+        )
+    return text
 
 
-def keypoints_figure(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Both errors against the number of steps, and where the key points are."""
+def keypoints_figure(results: Mapping[str, Any]) -> str:
+    """Both errors against the number of steps, where the key points are, and what students make of them."""
+    rows = results["rows"]
     panels = [
         error_panel(rows, "bend", "Bend left by straight steps", "share of a single step's; lower is better"),
         error_panel(rows, "start_error", "Error before any training", "mean squared, summed over steps"),
     ]
     panels += [place_panel(rows, choice) for choice in CHOICES]
+    students = [row for row in results["students"] if "choice" in row]
+    panels += [student_panel(students, name) for name in SHOWN if students and name in students[0]["metrics"]]
     return figure(panels)
 
 
@@ -199,9 +305,26 @@ def error_panel(rows: Sequence[Mapping[str, Any]], name: str, title: str, note: 
     numbers = sorted({row["num_student_steps"] for row in rows})
     limits = (min(values) / 1.3, max(values) * 1.3)
     plot = Plot((numbers[0] / 1.2, numbers[-1] * 1.2), limits, x_log=True, y_log=True)
-    marks = "".join(polyline(plot, curve, color(i + 1)) for i, curve in enumerate(points.values()) if curve)
+    marks = "".join(polyline(plot, curve, color(i)) for i, curve in enumerate(points.values()) if curve)
     chart = plot.svg(marks, "steps of the student (logarithmic)", log_ticks(*limits), numbers, title)
-    return Panel(title, note, chart, [(choice, color(i + 1)) for i, choice in enumerate(CHOICES)])
+    return Panel(title, note, chart, [(choice, color(i)) for i, choice in enumerate(CHOICES)])
+
+
+def student_panel(students: Sequence[Mapping[str, Any]], name: str) -> Panel:
+    """A metric of the students against the number of steps, a curve a choice."""
+    title, unit = METRICS[name]
+    curves = {
+        choice: {
+            row["num_student_steps"]: scaled(name, row["metrics"][name]) for row in students if row["choice"] == choice
+        }
+        for choice in CHOICES
+    }
+    numbers = sorted({row["num_student_steps"] for row in students})
+    values = [value for curve in curves.values() for each in curve.values() for value in each]
+    ticks = nice_ticks(min(values), max(values) if max(values) > min(values) else min(values) + 1)
+    plot = Plot((numbers[0] / 1.2, numbers[-1] * 1.2), (ticks[0], ticks[-1]), x_log=True)
+    chart = plot.svg(spread_curves(plot, curves), "steps of the student (logarithmic)", ticks, numbers, title)
+    return Panel(f"Students: {title.lower()}", unit, chart, [(choice, color(i)) for i, choice in enumerate(CHOICES)])
 
 
 def place_panel(rows: Sequence[Mapping[str, Any]], choice: Choice) -> Panel:
@@ -209,7 +332,7 @@ def place_panel(rows: Sequence[Mapping[str, Any]], choice: Choice) -> Panel:
     mine = [row for row in rows if row["choice"] == choice]
     numbers = [row["num_student_steps"] for row in mine]
     plot = Plot((1, 0), (0, len(mine)))
-    tint, marks = color(CHOICES.index(choice) + 1), ""
+    tint, marks = color(CHOICES.index(choice)), ""
     for number, row in enumerate(mine):
         height = len(mine) - number - 0.5
         marks += f'<text x="38" y="{plot.y(height) + 4:.1f}" text-anchor="end">{numbers[number]}</text>'

@@ -10,15 +10,13 @@ from tyro.conf import Positional
 
 from accvideo.analysis.figure import Panel, color, figure, markdown_table, polyline, spread_curves, spread_text
 from accvideo.analysis.folder import open_analysis, origin, settings_of, write_results
-from accvideo.analysis.students import Evaluation, distill_all, scaled, sum_up, task_of, unipc_row
+from accvideo.analysis.students import Evaluation, distill_all, scaled, student_row, sum_up, task_of, unipc_row
 from accvideo.command import choose_device, progress_bar
 from accvideo.data.manifest import read_manifest
 from accvideo.data.storage import open_storage
 from accvideo.evaluate import load_teacher, open_folder, teacher_rows
-from accvideo.inference.model import load_model
 from accvideo.inference.student_config import read_student_config
 from accvideo.reporting.charts import Plot, log_ticks, nice_ticks
-from accvideo.reporting.rows import Plan, make_row, run_row
 from accvideo.reporting.wording import METRICS
 from accvideo.training.recipe import DistillConfig, playground
 from accvideo.training.steps import student_sweeps
@@ -141,13 +139,10 @@ def evaluate_number(
     with progress_bar() as progress:
         teacher = load_teacher(config, student.teacher, student, device)
         key, rows, _ = teacher_rows(config, task, teacher, student, progress)
-
-        def student_row(folder: Path) -> dict[str, Any]:
-            model = load_model(str(folder), device=device)
-            plan = Plan(folder.name, number, model.guidance_scale, is_teacher=False)
-            return make_row(model, plan, task, run_row(model, plan, task, key, progress))
-
-        own = {kind: [student_row(run.out) for run in runs] for kind, runs in students.items()}
+        own = {
+            kind: [student_row(run.out, number, task, key, device, progress) for run in runs]
+            for kind, runs in students.items()
+        }
     names = {ALL_STEPS: "teacher", "teacher, guided": "teacher_few", "teacher, equal calls": "teacher_equal_calls"}
     kinds = {kind: [row for row in rows if row["name"] == name] for kind, name in names.items()}
     kinds |= {"teacher, UniPC": [unipc_row(config)], **own}

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import UniPCMultistepScheduler
+from rich.progress import Progress
 
 from accvideo.analysis.figure import Panel, color, figure, markdown_table, mean_and_spread, spread_text, whisker
 from accvideo.command import choose_device, progress_bar
 from accvideo.distill import distill
-from accvideo.evaluate import EvaluateConfig, choose_prompts, evaluate, load_teacher
-from accvideo.inference.model import with_scheduler
+from accvideo.evaluate import EvaluateConfig, choose_prompts, evaluate, load_teacher, open_folder
+from accvideo.inference.model import load_model, with_scheduler
 from accvideo.inference.student_config import StudentConfig, read_student_config
 from accvideo.reporting.charts import Plot, nice_ticks
 from accvideo.reporting.rows import Plan, Task, make_row, row_key, run_row
@@ -79,6 +80,37 @@ def evaluate_kinds(kinds: Mapping[str, Sequence[Path]], evaluation: Evaluation) 
     groups = {row["name"]: [row] for row in [*teachers, unipc_row(config)]}
     groups |= {kind: [next(students) for _ in members] for kind, members in kinds.items()}
     return [sum_up(name, members) for name, members in groups.items()]
+
+
+def rows_beside_teacher(kinds: Mapping[str, Sequence[Path]], evaluation: Evaluation) -> list[dict[str, Any]]:
+    """One row for each kind of student, measured beside their teacher at all its steps, whose row comes first.
+
+    Args:
+        kinds: folders of students by kind; all of one teacher, those of a kind of one number of steps.
+        evaluation: how they are evaluated.
+    """
+    own_student = next(iter(kinds.values()))[0]
+    config, student = evaluation.of(own_student), read_student_config(own_student)
+    device, task = choose_device(config.device), task_of(config, student)
+    open_folder(config.out)
+    with progress_bar() as progress:
+        teacher = load_teacher(config, student.teacher, student, device)
+        full = Plan("teacher", teacher.num_steps, teacher.guidance_scale, is_teacher=True)
+        key = row_key(teacher, full, task, None)
+        rows = [sum_up(full.name, [make_row(teacher, full, task, run_row(teacher, full, task, None, progress))])]
+        for kind, folders in kinds.items():
+            members = [student_row(folder, None, task, key, device, progress) for folder in folders]
+            rows.append(sum_up(kind, members))
+    return rows
+
+
+def student_row(
+    folder: Path, num_steps: int | None, task: Task, teacher_key: str, device: str, progress: Progress
+) -> dict[str, Any]:
+    """The row of a student at a number of its steps; None: its own."""
+    model = load_model(str(folder), device=device)
+    plan = Plan(folder.name, num_steps or model.num_steps, model.guidance_scale, is_teacher=False)
+    return make_row(model, plan, task, run_row(model, plan, task, teacher_key, progress))
 
 
 def sum_up(name: str, rows: Sequence[Row]) -> dict[str, Any]:
