@@ -14,7 +14,8 @@ from typing import Any, Literal
 import pytest
 import torch
 import tyro
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from accvideo.call import DenoiserCall, layer_features, replay
@@ -542,6 +543,13 @@ def test_only_students_of_the_same_teacher_and_kind_can_be_gone_on_from(folder: 
         with pytest.raises(UserError, match=message):
             distill(tiny_config(folder, tmp_path / "student", **settings))
     assert not (tmp_path / "student").exists()
+
+    # A LoRA of a version that adapted other layers.
+    path = tmp_path / "first/pytorch_lora_weights.safetensors"
+    kept = dict(list(load_file(path).items())[1:])
+    save_file(kept, path, safe_open(path, "pt").metadata())
+    with pytest.raises(UserError, match=r"by another version .* \(1 differ"):
+        distill(tiny_config(folder, tmp_path / "student", start_from=str(tmp_path / "first")))
 
 
 def test_at_least_one_trajectory_must_be_left_to_train_on(folder: TrajectoryFolder, tmp_path: Path):

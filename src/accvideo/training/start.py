@@ -90,9 +90,18 @@ def check_start(config: DistillConfig, manifest: Manifest) -> None:
 
 
 def starting_weights(name: str, trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The weights of a saved student, spread over the ranks as those they are for."""
+    """The weights of a saved student, spread over the ranks as those they are for.
+
+    Raises:
+        UserError: its LoRA is of other layers than a LoRA of this version.
+    """
     folder = student_folder(name)
     saved = saved_weights(folder, read_student_config(folder))
+    if differing := sorted(saved.keys() ^ trained.keys()):
+        raise UserError(
+            f"{name} was made by another version of accvideo: it trained other layers ({len(differing)} differ, "
+            f"{differing[0]} is the first)\nLeave --start-from out"
+        )
     return {key: spread_as(weight, partial(rows_of, saved[key])) for key, weight in trained.items()}
 
 
