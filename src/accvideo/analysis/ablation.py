@@ -8,11 +8,10 @@ from typing import Any
 from tyro.conf import Positional
 
 from accvideo.analysis.folder import open_analysis, origin, settings_of, write_results
-from accvideo.analysis.students import Evaluation, distill_all, evaluate_kinds, metric_figure, metric_table
+from accvideo.analysis.students import StudentsConfig, distill_all, evaluate_kinds, metric_figure, metric_table
 from accvideo.command import choose_device
 from accvideo.data.dataset import TrajectoryFolder
-from accvideo.training.recipe import DistillConfig, playground
-from accvideo.types import UserError
+from accvideo.training.recipe import DistillConfig
 
 FIGURE_7: dict[str, dict[str, Any]] = {
     "trajectory loss only": {"adversarial_weight": 0.0},
@@ -39,7 +38,7 @@ FRACTIONS = {"half of the trajectories": 2, "an eighth of the trajectories": 8}
 
 
 @dataclass(frozen=True, kw_only=True)
-class AblationConfig:
+class AblationConfig(StudentsConfig):
     """Distills students that differ in one thing each, several seeds of each, and evaluates them side by side.
 
     Starts from the preset `playground`. Finished students and rows are kept: the same command goes on where a killed
@@ -52,23 +51,6 @@ class AblationConfig:
     """Folder for students, numbers, table and figure."""
     figure_7: bool = False
     """Only the variants of the paper's Figure 7."""
-    num_seeds: int = 3
-    """Students of each variant."""
-    num_iterations: int = 100
-    """Iterations of each student; the adversarial half takes part from 60 % of them on."""
-    batch_size: int = 16
-    """Trajectories an iteration."""
-    num_prompts: int = 500
-    """Clips of each row."""
-    prompts: Path | None = None
-    """As for `accvideo evaluate`; needed where the teacher is not the playground's."""
-    device: str = "auto"
-    """`auto` takes the accelerator if there is one."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_seeds", "num_iterations", "batch_size", "num_prompts"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
 
 
 def ablation(config: AblationConfig) -> dict[str, Any]:
@@ -82,10 +64,7 @@ def ablation(config: AblationConfig) -> dict[str, Any]:
     cache = open_analysis(config.out, settings)
     seconds = distill_all([replace(run, out=cache / run.out) for runs in plan.values() for run in runs])
     kinds = {name: [cache / run.out for run in runs] for name, runs in plan.items()}
-    evaluation = Evaluation(
-        out=cache / "report", num_prompts=config.num_prompts, prompts=config.prompts, seed=0, device=config.device
-    )
-    rows = evaluate_kinds(kinds, evaluation)
+    rows = evaluate_kinds(kinds, config.evaluation(cache / "report"))
     results = {
         "command": f"accvideo analyze ablation {config.data} --out DIR",
         **origin(choose_device(config.device)),
@@ -100,14 +79,6 @@ def ablation(config: AblationConfig) -> dict[str, Any]:
 
 def plan_runs(config: AblationConfig, num_trajectories: int) -> dict[str, list[DistillConfig]]:
     """The configurations of all students by variant, one a seed; their folders are relative."""
-    base = replace(
-        playground(config.data, Path()),
-        num_iterations=config.num_iterations,
-        batch_size=config.batch_size,
-        adversarial_start=round(0.6 * config.num_iterations),
-        num_validation=0,
-        device=config.device,
-    )
     changes = dict(FIGURE_7)
     if not config.figure_7:
         changes |= BEYOND
@@ -118,7 +89,7 @@ def plan_runs(config: AblationConfig, num_trajectories: int) -> dict[str, list[D
         }
     return {
         name: [
-            replace(base, **change, seed=seed, out=Path(f"{name.replace(' ', '-')}-{seed}"))
+            config.run(config.data, Path(f"{name.replace(' ', '-')}-{seed}"), seed=seed, **change)
             for seed in range(config.num_seeds)
         ]
         for name, change in changes.items()

@@ -15,14 +15,14 @@ from tyro.conf import Positional
 from accvideo.analysis.figure import Panel, color, dot, figure, markdown_table, polyline, spread_curves
 from accvideo.analysis.folder import open_analysis, origin, settings_of, write_results
 from accvideo.analysis.grids import Costs, best_grid, best_shift, grid_cost, secant_costs, start_costs
-from accvideo.analysis.students import Evaluation, distill_all, metric_table, rows_beside_teacher, scaled
+from accvideo.analysis.students import StudentsConfig, distill_all, metric_table, rows_beside_teacher, scaled
 from accvideo.command import choose_device
 from accvideo.data.dataset import TrajectoryFolder
 from accvideo.data.manifest import MANIFEST, Manifest
 from accvideo.flow import even_grid
 from accvideo.reporting.charts import Plot, log_ticks, nice_ticks
 from accvideo.reporting.wording import METRICS
-from accvideo.training.recipe import DistillConfig, playground
+from accvideo.training.recipe import DistillConfig
 from accvideo.trajectory import Trajectory, write_trajectory, write_whole
 from accvideo.types import UserError
 
@@ -34,7 +34,7 @@ SHOWN = ("all_right", "latent_mse")
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeypointsConfig:
+class KeypointsConfig(StudentsConfig):
     """Chooses key points from trajectories recorded in full: evenly, by a shift, or by dynamic programming.
 
     Record them with `accvideo record ... --num-steps 50 --num-student-steps 50`. Writes keypoints.json, .md, .svg.
@@ -54,27 +54,13 @@ class KeypointsConfig:
     distill: tuple[int, ...] = ()
     """Numbers K of `num_student_steps` for which students of each choice are distilled and evaluated side by side, by
     the preset `playground`; none: no network runs."""
-    num_seeds: int = 3
-    """Students of each choice."""
-    num_iterations: int = 200
-    """Iterations of each student; the adversarial half takes part from 60 % of them on."""
-    batch_size: int = 16
-    """Trajectories an iteration."""
-    num_prompts: int = 500
-    """Clips of each row."""
-    prompts: Path | None = None
-    """As for `accvideo evaluate`; needed where the teacher is not the playground's."""
-    device: str = "auto"
-    """`auto` takes the accelerator if there is one."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.num_student_steps or min(self.num_student_steps) < 1:
             raise UserError(f"num_student_steps is {self.num_student_steps}; give numbers from 1")
         if not set(self.distill) <= set(self.num_student_steps):
             raise UserError(f"distill is {self.distill}; choose among num_student_steps, {self.num_student_steps}")
-        for name in ("num_seeds", "num_iterations", "batch_size", "num_prompts"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
 
 
 def keypoints(config: KeypointsConfig) -> dict[str, Any]:
@@ -209,11 +195,8 @@ def compare_students(
     # Two choices may be of the same key points.
     runs = {run.out: run for members in plan.values() for run in members}
     distill_all(list(runs.values()))
-    evaluation = Evaluation(
-        out=cache / "report", num_prompts=config.num_prompts, prompts=config.prompts, seed=0, device=config.device
-    )
     kinds = {f"{number}, {choice}": [run.out for run in members] for (number, choice), members in plan.items()}
-    teacher, *students = rows_beside_teacher(kinds, evaluation)
+    teacher, *students = rows_beside_teacher(kinds, config.evaluation(cache / "report"))
     named = zip(plan, students, strict=True)
     return [teacher, *(row | {"choice": choice, "num_student_steps": number} for (number, choice), row in named)]
 
@@ -224,15 +207,7 @@ def plan_runs(
     """The configurations of all students by number of steps and choice, one a seed."""
 
     def run(row: Mapping[str, Any], seed: int) -> DistillConfig:
-        return replace(
-            playground(str(data_folder(cache, row)), cache / f"student-{grid_name(row)}-{seed}"),
-            num_iterations=config.num_iterations,
-            batch_size=config.batch_size,
-            adversarial_start=round(0.6 * config.num_iterations),
-            num_validation=0,
-            device=config.device,
-            seed=seed,
-        )
+        return config.run(str(data_folder(cache, row)), cache / f"student-{grid_name(row)}-{seed}", seed=seed)
 
     return {
         (row["num_student_steps"], row["choice"]): [run(row, seed) for seed in range(config.num_seeds)] for row in rows

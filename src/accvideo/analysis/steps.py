@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,16 @@ from tyro.conf import Positional
 
 from accvideo.analysis.figure import Panel, color, figure, markdown_table, polyline, spread_curves, spread_text
 from accvideo.analysis.folder import open_analysis, origin, settings_of, write_results
-from accvideo.analysis.students import Evaluation, distill_all, scaled, student_row, sum_up, task_of, unipc_row
+from accvideo.analysis.students import (
+    Evaluation,
+    StudentsConfig,
+    distill_all,
+    scaled,
+    student_row,
+    sum_up,
+    task_of,
+    unipc_row,
+)
 from accvideo.command import choose_device, progress_bar
 from accvideo.data.manifest import read_manifest
 from accvideo.data.storage import open_storage
@@ -18,7 +27,7 @@ from accvideo.evaluate import load_teacher, open_folder, teacher_rows
 from accvideo.inference.student_config import read_student_config
 from accvideo.reporting.charts import Plot, log_ticks, nice_ticks
 from accvideo.reporting.wording import METRICS
-from accvideo.training.recipe import DistillConfig, playground
+from accvideo.training.recipe import DistillConfig
 from accvideo.training.steps import student_sweeps
 from accvideo.types import UserError
 
@@ -34,10 +43,11 @@ KINDS = (ONE_EACH, ONE_FOR_ALL, NOT_TOLD, "teacher, guided", "teacher, equal cal
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepsConfig:
+class StepsConfig(StudentsConfig):
     """Distills a student for each number of steps and one for all of them, and evaluates them beside the teacher.
 
-    Of the one for all there are two kinds: told by its timestep how far a step goes, and not told.
+    Of the one for all there are two kinds: told by its timestep how far a step goes, and not told. Either takes as many
+    iterations as the students of one number together.
 
     From one recording, from whose key points each takes those that lie evenly; record every state for the best fit
     (`accvideo record ... --num-steps 50 --num-student-steps 50`). Starts from the preset `playground`. Finished
@@ -50,26 +60,11 @@ class StepsConfig:
     """Folder for students, numbers, table and figure."""
     num_student_steps: tuple[int, ...] = (1, 2, 3, 4, 5, 8, 10)
     """Numbers of steps K."""
-    num_seeds: int = 3
-    """Students of each kind."""
-    num_iterations: int = 200
-    """Iterations of a student for one number; one for all takes as many as these together. The adversarial
-    half takes part from 60 % of them on."""
-    batch_size: int = 16
-    """Trajectories an iteration."""
-    num_prompts: int = 500
-    """Clips of each row."""
-    prompts: Path | None = None
-    """As for `accvideo evaluate`; needed where the teacher is not the playground's."""
     baselines: Path | None = None
     """`baselines.json` of `accvideo analyze baselines`: its methods are drawn beside."""
-    device: str = "auto"
-    """`auto` takes the accelerator if there is one."""
 
     def __post_init__(self) -> None:
-        for name in ("num_seeds", "num_iterations", "batch_size", "num_prompts"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        super().__post_init__()
         if len(self.num_student_steps) < 2 or len(set(self.num_student_steps)) < len(self.num_student_steps):
             raise UserError(f"num_student_steps is {self.num_student_steps}; give at least two numbers, each once")
 
@@ -87,9 +82,7 @@ def steps(config: StepsConfig) -> dict[str, Any]:
     plan = plan_runs(config, cache)
     runs = {run.out: run for kinds in plan.values() for members in kinds.values() for run in members}
     seconds = distill_all(list(runs.values()))
-    evaluation = Evaluation(
-        out=cache / "report", num_prompts=config.num_prompts, prompts=config.prompts, seed=0, device=config.device
-    )
+    evaluation = config.evaluation(cache / "report")
     rows = [row for number, kinds in plan.items() for row in evaluate_number(number, kinds, evaluation)]
     # The teacher at all its steps stands beside each number; once is enough.
     rows = [row for row in rows if row["name"] != ALL_STEPS or row["num_student_steps"] == config.num_student_steps[0]]
@@ -106,20 +99,14 @@ def steps(config: StepsConfig) -> dict[str, Any]:
 
 def plan_runs(config: StepsConfig, cache: Path) -> dict[int, dict[str, list[DistillConfig]]]:
     """The configurations of all students by number of steps and kind, one a seed; one for all stands at each number."""
-    base = replace(
-        playground(config.data, Path()), batch_size=config.batch_size, num_validation=0, device=config.device
-    )
 
     def runs(name: str, *numbers: int, tell_size: bool = True) -> list[DistillConfig]:
-        num_iterations = config.num_iterations * len(numbers)
-        run = replace(
-            base,
-            num_student_steps=numbers,
-            tell_size=tell_size,
-            num_iterations=num_iterations,
-            adversarial_start=round(0.6 * num_iterations),
-        )
-        return [replace(run, seed=seed, out=cache / f"{name}-{seed}") for seed in range(config.num_seeds)]
+        settings = {"num_student_steps": numbers, "tell_size": tell_size}
+        iterations = config.num_iterations * len(numbers)
+        return [
+            config.run(config.data, cache / f"{name}-{seed}", iterations, seed=seed, **settings)
+            for seed in range(config.num_seeds)
+        ]
 
     for_all = {
         ONE_FOR_ALL: runs("all", *config.num_student_steps),

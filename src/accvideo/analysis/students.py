@@ -21,7 +21,8 @@ from accvideo.reporting.rows import Plan, Task, make_row, row_key, run_row
 from accvideo.reporting.wording import METRICS
 from accvideo.teacher import PLAYGROUND_TEACHER, teacher_path
 from accvideo.training.checkpoint import read_metrics
-from accvideo.training.recipe import DistillConfig
+from accvideo.training.recipe import DistillConfig, playground
+from accvideo.types import UserError
 
 Row = Mapping[str, Any]
 """A kind of model: name, num_steps, denoiser_calls, and by metric the values of all its students."""
@@ -51,6 +52,45 @@ class Evaluation:
             seed=self.seed,
             device=self.device,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentsConfig:
+    """What analyses that distill students by the preset `playground` are asked for alike."""
+
+    num_seeds: int = 3
+    """Students of each kind."""
+    num_iterations: int = 200
+    """Iterations of each student; the adversarial half takes part from 60 % of them on."""
+    batch_size: int = 16
+    """Trajectories an iteration."""
+    num_prompts: int = 500
+    """Clips of each row."""
+    prompts: Path | None = None
+    """As for `accvideo evaluate`; needed where the teacher is not the playground's."""
+    device: str = "auto"
+    """`auto` takes the accelerator if there is one."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_seeds", "num_iterations", "batch_size", "num_prompts"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
+
+    def run(self, data: str, out: Path, num_iterations: int | None = None, **changes: Any) -> DistillConfig:
+        """The distillation of one student; the iterations, if others than `self.num_iterations`, and other changes."""
+        iterations = num_iterations or self.num_iterations
+        settings = {
+            "num_iterations": iterations,
+            "batch_size": self.batch_size,
+            "adversarial_start": round(0.6 * iterations),
+            "num_validation": 0,
+            "device": self.device,
+        }
+        return replace(playground(data, out), **settings | changes)
+
+    def evaluation(self, out: Path) -> Evaluation:
+        """How its students are evaluated."""
+        return Evaluation(out=out, num_prompts=self.num_prompts, prompts=self.prompts, seed=0, device=self.device)
 
 
 def distill_all(runs: Sequence[DistillConfig]) -> dict[str, float]:
