@@ -46,7 +46,6 @@ def make_student(folder: TrajectoryFolder, rank: int | None, **options: Any) -> 
 
 
 def save(path: Path, student: Student, folder: TrajectoryFolder, rank: int | None) -> StudentConfig:
-    path.mkdir()
     config = student_config(folder.manifest, folder[0].calls, rank, {"num_iterations": 3})
     save_student(path, student, config, {"latent_error": 0.1})
     return config

@@ -206,6 +206,7 @@ def save_student(folder: Path, student: Student, config: StudentConfig, metrics:
         UserError: the folder cannot be written.
     """
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         denoiser: Any
         for name, denoiser in student.denoisers.items():
             if config.lora_rank is None:
