@@ -31,6 +31,7 @@ COMMANDS = {
     "analyze keypoints": ("accvideo.analysis.keypoints", "choose key points from trajectories recorded in full"),
     "analyze solvers": ("accvideo.analysis.solvers", "how near to the exact flow short recordings come, by solver"),
     "analyze ablation": ("accvideo.analysis.ablation", "the paper's ablation as numbers, and what it never varied"),
+    "analyze errors": ("accvideo.analysis.errors", "in which of its steps a student goes wrong"),
     "analyze cost": ("accvideo.analysis.cost", "what a student costs, recording included, and how good it is"),
     "analyze baselines": ("accvideo.analysis.comparison", "other methods of distillation at an equal budget"),
     "analyze steps": ("accvideo.analysis.steps", "quality and seconds of students against their number of steps"),

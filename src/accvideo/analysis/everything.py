@@ -260,6 +260,14 @@ def steps_part(sizes: Sizes, place: Place) -> Part:
     )
 
 
+def errors_part(sizes: Sizes, place: Place) -> Part:
+    """In which of its steps the student that ships goes wrong."""
+    num_trajectories = sizes.num_trajectories // 2
+    arguments = words(place.cut, "--students", "playground-student", "--num-trajectories", num_trajectories)
+    work = Work(STUDENT_STEPS * (STUDENT_STEPS + 1) / 2, STUDENT_STEPS + 1).times(num_trajectories)
+    return Part([*arguments, *words("--batch-size", sizes.batch_size)], work)
+
+
 def student_work(sizes: Sizes, num_student_steps: int) -> Work:
     """Distilling and evaluating a student by the preset `playground`."""
     evaluations = sizes.num_iterations * sizes.batch_size * (PAIRED + ADVERSARIAL * JUDGED)
@@ -314,6 +322,7 @@ PARTS: dict[str, Callable[[Sizes, Place], Part]] = {
     "ablation": ablation_part,
     "baselines": baselines_part,
     "steps": steps_part,
+    "errors": errors_part,
     "cost": cost_part,
 }
 """By the name of the command `accvideo analyze NAME`, in the order in which they run. A new analysis takes a line here
