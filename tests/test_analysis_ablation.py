@@ -1,8 +1,10 @@
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from accvideo.analysis.ablation import AblationConfig, ablation, plan_runs, variant
+from accvideo.analysis.students import metric_figure, readable_range
 from accvideo.inference.student_config import read_student_config
 from tests.recorded import PROMPTS, record_tiny
 
@@ -19,6 +21,21 @@ def test_each_variant_changes_one_thing_for_all_seeds():
     outs = [run.out for runs in plan.values() for run in runs]
     assert len(set(outs)) == len(outs) == 2 * len(plan)
     assert [run.seed for run in plan["hinge loss"]] == [0, 1]
+
+
+def test_students_can_be_told_apart_beside_teachers_that_are_far_off():
+    values = [[95.0], [60.0], [90.0, 92.0], [93.0, 93.0]]
+    low, high = readable_range(values, [False, False, True, True])
+    assert high == 95 and low == pytest.approx(91 - 2**0.5)
+    names = ("teacher", "teacher_few", "one", "another")
+    rows = [
+        {"name": name, "metrics": {"all_right": [value / 100 for value in each], "color": [1.0]}}
+        for name, each in zip(names, values, strict=True)
+    ]
+    svg = metric_figure(rows)
+    ElementTree.fromstring(svg)
+    assert svg.count("<circle") == 3 + 4 + 2 * 2 and "‹ 60" in svg  # dots of rows and keys
+    assert ">101<" not in svg and ">100<" in svg
 
 
 @pytest.mark.slow

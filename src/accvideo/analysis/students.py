@@ -4,19 +4,20 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from diffusers import UniPCMultistepScheduler
 from rich.progress import Progress
 
-from accvideo.analysis.figure import Panel, color, figure, markdown_table, mean_and_spread, spread_text, whisker
+from accvideo.analysis.figure import Panel, color, figure, markdown_table, mean_and_spread, spread_text
 from accvideo.command import choose_device, progress_bar
 from accvideo.distill import distill
 from accvideo.evaluate import EvaluateConfig, choose_prompts, evaluate, load_teacher, open_folder
 from accvideo.inference.model import load_model, with_scheduler
 from accvideo.inference.student_config import StudentConfig, read_student_config
-from accvideo.reporting.charts import Plot, nice_ticks
+from accvideo.reporting.charts import nice_ticks
 from accvideo.reporting.rows import Plan, Task, make_row, row_key, run_row
 from accvideo.reporting.wording import METRICS
 from accvideo.teacher import PLAYGROUND_TEACHER, teacher_path
@@ -213,24 +214,49 @@ def metric_table(rows: Sequence[Row]) -> str:
 
 
 def metric_figure(rows: Sequence[Row]) -> str:
-    """A panel for each metric, a whisker for each row."""
-    panels = []
-    for name, (title, unit) in METRICS.items():
-        shown = [row for row in rows if name in row["metrics"]]
-        if len(shown) < 2:
-            continue
-        values = [scaled(name, row["metrics"][name]) for row in shown]
-        lows, highs = zip(
-            *((mean - spread, mean + spread) for mean, spread in map(mean_and_spread, values)), strict=True
-        )
-        low, high = min(lows), max(highs)
-        ticks = nice_ticks(low, high if high > low else low + 1)
-        plot = Plot((-0.5, len(shown) - 0.5), (ticks[0], ticks[-1]))
-        marks = ""
-        for number, each in enumerate(values):
-            marks += whisker(plot, number, each, color(number))
-            x = plot.x(number)
-            marks += f'<text transform="translate({x:.1f} 248)" text-anchor="middle">{number + 1}</text>'
-        keys = [(f"{number + 1} {row['name']}", color(number)) for number, row in enumerate(shown)]
-        panels.append(Panel(title, unit, plot.svg(marks, "", ticks, (), title), keys))
-    return figure(panels)
+    """A panel for each metric, in which each row has a line with its mean and spread."""
+    shown = {name: [row for row in rows if name in row["metrics"]] for name in METRICS}
+    return figure([metric_panel(name, each) for name, each in shown.items() if len(each) > 1])
+
+
+def metric_panel(name: str, rows: Sequence[Row]) -> Panel:
+    """A metric of all rows, one below the other. A row far from all students is named by its value at the edge."""
+    title, unit = METRICS[name]
+    values = [scaled(name, row["metrics"][name]) for row in rows]
+    is_student = [not row["name"].startswith("teacher") for row in rows]
+    low, high = readable_range(values, is_student)
+    high = min(high, 100) if unit == "%" else high
+    ticks = nice_ticks(low if low < high else low - 1, high)
+    left, right, pitch = 172, 408, 234 / len(rows)
+
+    def place(value: float) -> float:
+        return left + (right - left) * (value - ticks[0]) / (ticks[-1] - ticks[0])
+
+    marks = "".join(
+        f'<line class="axis" x1="{place(tick):.1f}" x2="{place(tick):.1f}" y1="4" y2="242"/>'
+        f'<text x="{place(tick):.1f}" y="258" text-anchor="middle">{tick:g}</text>'
+        for tick in ticks
+    )
+    for number, (row, each) in enumerate(zip(rows, values, strict=True)):
+        (mean, spread), y, tint = mean_and_spread(each), 6 + pitch * (number + 0.5), color(int(is_student[number]))
+        size = f'style="font-size: {min(12, pitch - 1):.1f}px"'
+        marks += f'<text x="{left - 10}" y="{y + 4:.1f}" text-anchor="end" {size}>{escape(row["name"])}</text>'
+        if ticks[0] <= mean <= ticks[-1]:
+            ends = (place(max(mean - spread, ticks[0])), place(min(mean + spread, ticks[-1])))
+            marks += f'<line x1="{ends[0]:.1f}" x2="{ends[1]:.1f}" y1="{y:.1f}" y2="{y:.1f}" stroke="{tint}"/>'
+            marks += f'<circle cx="{place(mean):.1f}" cy="{y:.1f}" r="3.5" fill="{tint}"/>'
+        else:
+            text, x, side = (f"‹ {mean:.3g}", left, "start") if mean < ticks[0] else (f"{mean:.3g} ›", right, "end")
+            marks += f'<text x="{x}" y="{y + 4:.1f}" text-anchor="{side}" fill="{tint}" {size}>{text}</text>'
+    chart = f'<svg viewBox="0 0 440 272" role="img" aria-label="{escape(title)}">{marks}</svg>'
+    return Panel(title, unit, chart, [("teacher", color(0)), ("students", color(1))])
+
+
+def readable_range(values: Sequence[Sequence[float]], is_student: Sequence[bool]) -> tuple[float, float]:
+    """A range in which students can be told apart: theirs, and all rows no further from it than twice its size."""
+    ends = [(mean - spread, mean + spread) for mean, spread in map(mean_and_spread, values)]
+    own = [pair for pair, student in zip(ends, is_student, strict=True) if student] or ends
+    low, high = min(pair[0] for pair in own), max(pair[1] for pair in own)
+    reach = 2 * (high - low)
+    near = [pair for pair in ends if low - reach <= pair[0] and pair[1] <= high + reach]
+    return min(pair[0] for pair in near), max(pair[1] for pair in near)
