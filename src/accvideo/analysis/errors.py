@@ -170,7 +170,7 @@ def take_over(
 
 def errors_table(results: Mapping[str, Any]) -> str:
     """Each student's rows in Markdown."""
-    header = ["the student takes over at noise level", "error after one step", "error of the video", "right, %"]
+    header = ["the student takes over at noise level", "error after one step, %", "error of the video, %", "right, %"]
     text = (
         f"From the recorded states of {results['num_trajectories']} trajectories. Errors are mean squared distances as "
         "shares of that of two videos; the last row of a student is the teacher's own videos.\n"
@@ -179,8 +179,8 @@ def errors_table(results: Mapping[str, Any]) -> str:
         lines = [
             [
                 f"{row['sigma']:.3g}",
-                "–" if row["step_error"] is None else f"{row['step_error']:.5f}",
-                f"{row['error']:.4f}",
+                "–" if row["step_error"] is None else f"{100 * row['step_error']:.3f}",
+                f"{100 * row['error']:.2f}",
                 interval(row["all_right"]) if "all_right" in row else "–",
             ]
             for row in student["rows"]
@@ -192,7 +192,7 @@ def errors_table(results: Mapping[str, Any]) -> str:
 def errors_figure(results: Mapping[str, Any]) -> str:
     """Errors, and right clips where they are judged, against the noise level at which the student takes over."""
 
-    def curves(name: str, scale: float = 1.0) -> dict[str, list[tuple[float, float]]]:
+    def curves(name: str, scale: float) -> dict[str, list[tuple[float, float]]]:
         def value(row: Mapping[str, Any]) -> float | None:
             found = row.get(name)
             return found["mean"] if isinstance(found, Mapping) else found
@@ -204,12 +204,12 @@ def errors_figure(results: Mapping[str, Any]) -> str:
             for student in results["students"]
         }
 
-    note = "share of two videos' distance; by the noise level where the student takes over"
+    note = "% of two videos' distance, by where the student takes over"
     panels = [
-        curve_panel("Error of the video", note, curves("error")),
-        curve_panel("Error after one step", note, curves("step_error")),
+        curve_panel("Error of the video", note, curves("error", 100)),
+        curve_panel("Error after one step", note, curves("step_error", 100)),
     ]
     right = curves("all_right", 100)
     if any(right.values()):
-        panels.append(curve_panel("Right clips", "%, by the noise level where the student takes over", right))
+        panels.append(curve_panel("Right clips", "%, by where the student takes over", right))
     return figure(panels)
