@@ -161,3 +161,6 @@ def test_students_of_every_choice_are_evaluated_beside_their_teacher(tmp_path: P
     assert keypoints(config)["students"] == results["students"]
     with pytest.raises(UserError, match="choose among num_student_steps"):
         replace(config, distill=(2,))
+    with pytest.raises(UserError, match="give --prompts FILE"):
+        keypoints(replace(config, prompts=None, out=tmp_path / "other"))
+    assert not (tmp_path / "other").exists()

@@ -60,7 +60,9 @@ def ablation(config: AblationConfig) -> dict[str, Any]:
         UserError: whatever distillation and evaluation refuse.
     """
     settings = settings_of(config)
-    plan = plan_runs(config, len(TrajectoryFolder(config.data)))
+    folder = TrajectoryFolder(config.data)
+    config.check_prompts(folder.manifest.teacher)
+    plan = plan_runs(config, len(folder))
     cache = open_analysis(config.out, settings)
     seconds = distill_all([replace(run, out=cache / run.out) for runs in plan.values() for run in runs])
     kinds = {name: [cache / run.out for run in runs] for name, runs in plan.items()}

@@ -77,6 +77,14 @@ class StudentsConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
 
+    def check_prompts(self, teacher: str) -> None:
+        """Refuse before any training what the evaluation would refuse after it.
+
+        Raises:
+            UserError: the prompts cannot be read, or are needed and not given.
+        """
+        choose_prompts(self.evaluation(Path()).of(Path()), teacher_path(teacher) == PLAYGROUND_TEACHER)
+
     def run(self, data: str, out: Path, num_iterations: int | None = None, **changes: Any) -> DistillConfig:
         """The distillation of one student; the iterations, if others than `self.num_iterations`, and other changes."""
         iterations = num_iterations or self.num_iterations
