@@ -498,7 +498,7 @@ def test_a_folder_left_by_a_run_killed_at_its_first_write_is_taken(folder: Traje
     config = tiny_config(folder, tmp_path / "student")
     config.out.mkdir()
     (config.out / ".config.json.tmp").write_text("{")
-    claim_folder(config, folder.manifest)
+    claim_folder(config, folder.manifest, range(6))
     assert (config.out / "config.json").exists()
 
 
@@ -552,8 +552,42 @@ def test_only_students_of_the_same_teacher_and_kind_can_be_gone_on_from(folder: 
         distill(tiny_config(folder, tmp_path / "student", start_from=str(tmp_path / "first")))
 
 
+def test_only_kept_trajectories_are_learned_from(tmp_path: Path):
+    """The others are not even read; with all of them kept the student is the same bit for bit."""
+    folder = record_tiny(tmp_path)
+    keep = tmp_path / "keep.txt"
+    keep.write_text("5\n0\n1\n2\n3\n4\n")
+    for name, settings in (("all", {"keep": keep}), ("plain", {})):
+        distill(tiny_config(folder, tmp_path / name, **settings))
+    assert metrics_of(tmp_path / "all") == metrics_of(tmp_path / "plain")
+    (tmp_path / "data/000001.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="000001"):
+        distill(tiny_config(folder, tmp_path / "damaged"))
+    keep.write_text("0\n2\n3\n5")
+    distill(tiny_config(folder, tmp_path / "some", keep=keep))
+    assert metrics_of(tmp_path / "some") != metrics_of(tmp_path / "plain")
+    keep.write_text("0\n2\n3\n4")
+    with pytest.raises(UserError, match="other settings .kept"):
+        distill(tiny_config(folder, tmp_path / "some", keep=keep))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "is empty"), ("0\n6\n", '"6" is no number of a trajectory; .* holds 0 to 5'), ("first", "no number"),
+     ("-1", "no number"), (None, "cannot read"), ("2", "holds 1 trajectories to learn from and num_validation is 2")],
+)  # fmt: skip
+def test_files_of_kept_trajectories_that_make_no_sense_are_refused(
+    folder: TrajectoryFolder, tmp_path: Path, text: str | None, message: str
+):
+    if text is not None:
+        (tmp_path / "keep.txt").write_text(text)
+    with pytest.raises(UserError, match=message):
+        distill(tiny_config(folder, tmp_path / "student", keep=tmp_path / "keep.txt"))
+    assert not (tmp_path / "student/metrics.jsonl").exists()
+
+
 def test_at_least_one_trajectory_must_be_left_to_train_on(folder: TrajectoryFolder, tmp_path: Path):
-    with pytest.raises(UserError, match="holds 6 trajectories and num_validation is 6"):
+    with pytest.raises(UserError, match="holds 6 trajectories to learn from and num_validation is 6"):
         distill(tiny_config(folder, tmp_path / "student", num_validation=6))
 
 

@@ -29,6 +29,7 @@ import accvideo.record as stage
 from accvideo.call import replay
 from accvideo.data.dataset import TrajectoryFolder
 from accvideo.data.verify import problems
+from accvideo.decode import load_recorded_teacher, recorded_clips
 from accvideo.distill import DistillConfig, distill
 from accvideo.flow import euler_step
 from accvideo.generate import load_model, sample_clips, with_arguments
@@ -120,6 +121,21 @@ def test_replay_is_the_recording(family, folder):
                 tolerance = family.tolerance if euler else 1e-5
                 torch.testing.assert_close(state, trajectory.states[k + 1 : k + 2], rtol=0, atol=tolerance)
     assert not torch.equal(data[0].states[-1], data[1].states[-1])
+
+
+def test_recorded_videos_are_decoded_as_the_teacher_does(family, folder):
+    """From the last recorded state alone; with another image or video than the recorded one it is refused."""
+    data = TrajectoryFolder(folder / "plain")
+    teacher = load_recorded_teacher(data.manifest, "cpu")
+    decoded = recorded_clips(teacher, [data[0]], folder)
+    own = with_arguments(load_model(str(folder / "teacher")), family.arguments | load_media(family.media, folder))
+    [clips] = sample_clips(own, PROMPTS[:1], [0], num_steps=NUM_STEPS, guidance_scale=data.manifest.guidance_scale)
+    torch.testing.assert_close(decoded, clips.frames, rtol=0, atol=1)
+    assert (decoded != clips.frames).float().mean() < 1e-3
+    for name in family.media:
+        other = replace(data[0], media=data[0].media | {name: "0"})
+        with pytest.raises(UserError, match=f"the {name} of trajectory 0 .* is not the one"):
+            recorded_clips(teacher, [other], folder)
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])

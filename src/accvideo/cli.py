@@ -17,6 +17,7 @@ COMMANDS = {
     "record": ("accvideo.record", "run a teacher on prompts and keep its denoising trajectories"),
     "verify": ("accvideo.data.verify", "check every file of a data set"),
     "stats": ("accvideo.data.stats", "counts, sizes and figures of a data set"),
+    "decode": ("accvideo.decode", "write the teacher's videos of a data set, to look at or to score"),
     "merge": ("accvideo.data.merge", "make one data set of several recordings of a teacher"),
     "repair": ("accvideo.data.repair", "record again what is damaged or missing, and nothing else"),
     "pack": ("accvideo.data.pack", "pack a data set into tar shards for the Hub and object stores"),
@@ -37,6 +38,7 @@ COMMANDS = {
     "analyze steps": ("accvideo.analysis.steps", "quality and seconds of students against their number of steps"),
     "analyze all": ("accvideo.analysis.everything", "every analysis of the playground, one after the other, resumable"),
     "playground prompts": ("accvideo.playground.prompts", "write prompts of the playground's world to a file"),
+    "playground select": ("accvideo.playground.select", "write which trajectories the playground's judge finds right"),
     "playground train": ("accvideo.playground.train", "train the playground's teacher anew"),
 }
 """Module and purpose of each command; the module is imported when the command runs, so that help comes at once."""

@@ -31,7 +31,15 @@ from accvideo.training.distributed import (
 )
 from accvideo.training.health import sample_health
 from accvideo.training.journal import last_validation, logged
-from accvideo.training.recipe import PLACES, DistillConfig, claim_folder, resolved, rows_of_part, settings
+from accvideo.training.recipe import (
+    PLACES,
+    DistillConfig,
+    claim_folder,
+    kept_trajectories,
+    resolved,
+    rows_of_part,
+    settings,
+)
 from accvideo.training.start import check_start, load_denoisers, start_training
 from accvideo.training.steps import (
     Batches,
@@ -268,19 +276,21 @@ def distill_together(config: DistillConfig) -> dict[str, Any]:
     check_start(config, manifest)
     part_size = rows_of_part(config)
     num_steps = sum(map(len, student_sweeps(manifest.num_student_steps, config.num_student_steps)))
+    kept = kept_trajectories(config, len(folder))
     if rank() == 0:
-        claim_folder(config, manifest)
+        claim_folder(config, manifest, kept)
     metrics_path = config.out / "metrics.jsonl"
     if first_ranks((config.out / "student.json").exists()):
         console.print(f"{config.out} holds the finished student of these settings already")
         return {"folder": str(config.out), "num_iterations": config.num_iterations, **last_validation(metrics_path)}
 
-    order = torch.randperm(len(folder), generator=torch.Generator().manual_seed(config.seed)).tolist()
-    kept_out, indices = order[: config.num_validation], order[config.num_validation :]
+    shuffled = torch.randperm(len(kept), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    order = [kept[place] for place in shuffled]
+    held_back, indices = order[: config.num_validation], order[config.num_validation :]
     if not indices:
         raise UserError(
-            f"{config.data} holds {len(folder)} trajectories and num_validation is {config.num_validation}: "
-            "none is left to train on; record more, or hold out fewer"
+            f"{config.data} holds {len(kept)} trajectories to learn from and num_validation is "
+            f"{config.num_validation}: none is left to train on; record more, or hold out fewer"
         )
 
     def batches(start: int) -> Iterator[TrajectoryBatch]:
@@ -288,7 +298,7 @@ def distill_together(config: DistillConfig) -> dict[str, Any]:
         parts = folder.batches(part_size, config.seed, first, indices, rank(), num_ranks())
         return (to_device(part, config.device) for part in parts)
 
-    own = kept_out[rank() :: num_ranks()]
+    own = held_back[rank() :: num_ranks()]
     chunks = [own[start : start + part_size] for start in range(0, len(own), part_size)]
     held_out = [to_device(collate_trajectories([folder[i] for i in chunk]), config.device) for chunk in chunks]
     sigmas = manifest.key_sigmas

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from huggingface_hub import ModelCard, try_to_load_from_cache
 from torch import Tensor, nn
 
-from accvideo.call import DenoiserCall, capture_call, flatten
+from accvideo.call import Block, DenoiserCall, capture_call, flatten
 from accvideo.flow import euler_step
 from accvideo.recording.solvers import Step
 from accvideo.types import Latents, UserError
@@ -165,6 +165,8 @@ class Watch:
     """Steps taken."""
     num_calls: int = 0
     """Denoiser calls for each video (a doubled batch counts twice)."""
+    part: Block = ()
+    """Where the states are among the scheduler's latents: all of them, but for frames that are given."""
 
 
 @contextmanager
@@ -192,7 +194,7 @@ def watch(
         UserError: on the first step, if the rule does not hold or the call cannot be replayed.
     """
     scheduler, seen = pipeline.scheduler, Watch()
-    original_step, part = scheduler.step, ()
+    original_step = scheduler.step
     calls: list[tuple[str, dict[str, Any]]] = []  # of the step under way
 
     def see_call(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -200,7 +202,6 @@ def watch(
 
     @functools.wraps(original_step)
     def see_step(*args: Any, **kwargs: Any) -> Any:
-        nonlocal part
         bound = inspect.signature(original_step).bind(*args, **kwargs).arguments
         velocity, sample = bound["model_output"], bound["sample"]
         if bound.get("per_token_timesteps") is not None:
@@ -226,13 +227,16 @@ def watch(
                 "supported is one\nAsk for fewer frames, so that it takes one run"
             )
         sigma, next_sigma = seen.sigmas[index], seen.sigmas[index + 1]
+        name, arguments = calls[0]  # guidance by two calls: the first is the conditional one
+        call = None
+        if kept or first:
+            call, seen.part = capture_call(arguments, sample, shared)
         if solve is not None:
             state, following = solve(state, velocity.detach().float(), sigma, next_sigma)
             next_sample = following.to(own_sample.dtype)
             output = (next_sample,) if isinstance(output, tuple) else type(output)(prev_sample=next_sample)
-        name, arguments = calls[0]  # guidance by two calls: the first is the conditional one
-        if kept or first:
-            call, part = capture_call(arguments, sample, shared)
+        part = seen.part
+        if call is not None:
             following = next_sample.detach().float().clone()
             own = velocity.detach().float().clone()[part]
             step = WatchedStep(state[part], following[part], own, sigma, next_sigma, name, call)

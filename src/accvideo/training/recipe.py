@@ -1,7 +1,8 @@
 """What a distillation is asked to do: its settings, presets of them, and the folder that is theirs."""
 
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from typing import Any, Literal
 import torch
 from tyro.conf import Positional
 
+from accvideo.command import shorten
 from accvideo.data.manifest import Manifest
 from accvideo.inference.acceleration import Quantization
 from accvideo.training.distributed import num_ranks
@@ -31,6 +33,9 @@ class DistillConfig:
     """Data set: a folder that `accvideo record` or `pack` made, or its address (https://, s3://, hf:// and others)."""
     out: Path
     """Folder for the student. The same command again goes on where a killed run stopped."""
+    keep: Path | None = None
+    """Text file with the numbers of the trajectories to learn from, one a line; the others are left alone. None: all.
+    See `accvideo decode`."""
     num_student_steps: tuple[int, ...] = ()
     """Steps K of the student, from key point to key point, which are spaced evenly among the recorded ones; several
     numbers: one student that takes any of them, the first unless asked. None given: all recorded key points."""
@@ -190,14 +195,38 @@ def settings(config: DistillConfig) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(config), default=str))
 
 
-def claim_folder(config: DistillConfig, manifest: Manifest) -> None:
-    """Make `config.out` the folder of these settings, or see that it is.
+def kept_trajectories(config: DistillConfig, num_trajectories: int) -> list[int]:
+    """The numbers of the trajectories to learn from, in ascending order.
+
+    Raises:
+        UserError: the file that `config.keep` names cannot be read, or holds something else than such numbers.
+    """
+    if config.keep is None:
+        return list(range(num_trajectories))
+    try:
+        lines = config.keep.read_text("utf-8-sig").split()
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"cannot read {config.keep}: {error}") from error
+    if bad := [line for line in lines if not (line.isdecimal() and int(line) < num_trajectories)]:
+        raise UserError(
+            f"{config.keep}: {shorten(bad[0])} is no number of a trajectory; {config.data} holds 0 to "
+            f"{num_trajectories - 1}"
+        )
+    if not lines:
+        raise UserError(f"{config.keep} is empty; give the numbers of the trajectories to learn from, one a line")
+    return sorted({int(line) for line in lines})
+
+
+def claim_folder(config: DistillConfig, manifest: Manifest, kept: Sequence[int]) -> None:
+    """Make `config.out` the folder of these settings and trajectories, or see that it is.
 
     Raises:
         UserError: it holds something else.
     """
     path = config.out / "config.json"
     own = settings(config) | {"num_trajectories": manifest.num_trajectories, "fingerprints": manifest.fingerprints}
+    if config.keep is not None:
+        own |= {"kept": hashlib.sha256(" ".join(map(str, kept)).encode()).hexdigest()}
     if not path.exists():
         # A hidden file is what a kill leaves of a write.
         if config.out.exists() and (
