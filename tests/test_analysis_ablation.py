@@ -21,6 +21,9 @@ def test_each_variant_changes_one_thing_for_all_seeds():
     outs = [run.out for runs in plan.values() for run in runs]
     assert len(set(outs)) == len(outs) == 2 * len(plan)
     assert [run.seed for run in plan["hinge loss"]] == [0, 1]
+    assert "chosen trajectories alone" not in plan
+    chosen = plan_runs(AblationConfig(data="data", out=Path("out"), keep=Path("right.txt"), figure_7=True), 64)
+    assert variant(chosen["chosen trajectories alone"][0], chosen) == {"keep": "right.txt"}
 
 
 def test_students_can_be_told_apart_beside_teachers_that_are_far_off():

@@ -28,7 +28,7 @@ from accvideo.cli import COMMANDS, run
 from accvideo.types import UserError
 from tests.recorded import record_tiny
 
-PLACE = Place(Path("out/data"), Path("out/data-5"), Path("out"))
+PLACE = Place(Path("out/data"), Path("out/data-5"), Path("out/right.txt"), Path("out"))
 
 
 @pytest.fixture
@@ -68,7 +68,10 @@ def test_work_adds_up():
 
 def test_the_work_of_ablations_is_that_of_their_plan(quick: None):
     sizes = Sizes(num_seeds=2, num_iterations=50, batch_size=4, num_prompts=10)
-    plan = plan_runs(AblationConfig(data="data", out=Path("out"), num_seeds=2, num_iterations=50, batch_size=4), 512)
+    config = AblationConfig(
+        data="data", out=Path("out"), keep=Path("right.txt"), num_seeds=2, num_iterations=50, batch_size=4
+    )
+    plan = plan_runs(config, 512)
     num_students = sum(map(len, plan.values()))
     work = PARTS["ablation"](sizes, PLACE).work
     others = teacher_work(sizes, [5])

@@ -1,7 +1,7 @@
 """The paper's Figure 7 as numbers (arXiv:2503.19462), and the choices that the paper never varied."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from accvideo.analysis.folder import open_analysis, origin, settings_of, write_r
 from accvideo.analysis.students import StudentsConfig, distill_all, evaluate_kinds, metric_figure, metric_table
 from accvideo.command import choose_device
 from accvideo.data.dataset import TrajectoryFolder
-from accvideo.training.recipe import DistillConfig
+from accvideo.training.recipe import DistillConfig, settings
 
 FIGURE_7: dict[str, dict[str, Any]] = {
     "trajectory loss only": {"adversarial_weight": 0.0},
@@ -51,6 +51,8 @@ class AblationConfig(StudentsConfig):
     """Folder for students, numbers, table and figure."""
     figure_7: bool = False
     """Only the variants of the paper's Figure 7."""
+    keep: Path | None = None
+    """As for `accvideo distill`; adds a variant that learns from these trajectories alone."""
 
 
 def ablation(config: AblationConfig) -> dict[str, Any]:
@@ -59,18 +61,18 @@ def ablation(config: AblationConfig) -> dict[str, Any]:
     Raises:
         UserError: whatever distillation and evaluation refuse.
     """
-    settings = settings_of(config)
+    own_settings = settings_of(config)
     folder = TrajectoryFolder(config.data)
     config.check_prompts(folder.manifest.teacher)
     plan = plan_runs(config, len(folder))
-    cache = open_analysis(config.out, settings)
+    cache = open_analysis(config.out, own_settings)
     seconds = distill_all([replace(run, out=cache / run.out) for runs in plan.values() for run in runs])
     kinds = {name: [cache / run.out for run in runs] for name, runs in plan.items()}
     rows = evaluate_kinds(kinds, config.evaluation(cache / "report"))
     results = {
         "command": f"accvideo analyze ablation {config.data} --out DIR",
         **origin(choose_device(config.device)),
-        "settings": settings,
+        "settings": own_settings,
         "variants": {name: variant(runs[0], plan) for name, runs in plan.items()},
         "seconds": seconds,
         "rows": rows,
@@ -82,6 +84,8 @@ def ablation(config: AblationConfig) -> dict[str, Any]:
 def plan_runs(config: AblationConfig, num_trajectories: int) -> dict[str, list[DistillConfig]]:
     """The configurations of all students by variant, one a seed; their folders are relative."""
     changes = dict(FIGURE_7)
+    if config.keep is not None:
+        changes["chosen trajectories alone"] = {"keep": config.keep}
     if not config.figure_7:
         changes |= BEYOND
         # What is held out is not trained on.
@@ -100,5 +104,5 @@ def plan_runs(config: AblationConfig, num_trajectories: int) -> dict[str, list[D
 
 def variant(run: DistillConfig, plan: Mapping[str, list[DistillConfig]]) -> dict[str, Any]:
     """The settings in which a variant differs from "one head a key point"."""
-    full = asdict(plan["one head a key point"][0])
-    return {name: value for name, value in asdict(run).items() if value != full[name] and name not in ("out", "seed")}
+    full = settings(plan["one head a key point"][0])
+    return {name: value for name, value in settings(run).items() if value != full[name] and name not in ("out", "seed")}

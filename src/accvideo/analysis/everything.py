@@ -29,6 +29,7 @@ from accvideo.generate import sample_clips
 from accvideo.inference.model import load_model
 from accvideo.playground.judge import judge
 from accvideo.playground.prompts import PromptsConfig, prompts
+from accvideo.playground.select import SelectConfig, select
 from accvideo.playground.world import sample_prompts
 from accvideo.record import record
 from accvideo.recording.config import RecordConfig
@@ -159,6 +160,8 @@ class Place:
     """With every state."""
     cut: Path
     """The same with `STUDENT_STEPS` alone."""
+    right: Path
+    """Numbers of the trajectories that the judge finds right."""
     out: Path
 
 
@@ -220,9 +223,10 @@ def keypoints_part(sizes: Sizes, place: Place) -> Part:
 
 def ablation_part(sizes: Sizes, place: Place) -> Part:
     """The paper's Figure 7, and beyond."""
-    num_variants = len(FIGURE_7) + (0 if sizes.figure_7 else len(BEYOND) + len(FRACTIONS))
+    num_variants = len(FIGURE_7) + (0 if sizes.figure_7 else len(BEYOND) + len(FRACTIONS) + 1)
+    options = ("--figure-7",) if sizes.figure_7 else ("--keep", place.right)
     return Part(
-        words(place.cut, *(["--figure-7"] if sizes.figure_7 else []), *student_arguments(sizes)),
+        words(place.cut, options, *student_arguments(sizes)),
         student_work(sizes, STUDENT_STEPS).times(num_variants * sizes.num_seeds) + teacher_work(sizes, [STUDENT_STEPS]),
     )
 
@@ -343,7 +347,7 @@ def all(config: AllConfig) -> dict[str, Any]:  # noqa: A001 - named as the comma
     cache = open_analysis(config.out, {"short": config.short, "data": str(config.data or "recorded here")})
     cache.mkdir(exist_ok=True)
     device = choose_device(config.device)
-    place = Place(config.data or config.out / "data", config.out / "data-5", config.out)
+    place = Place(config.data or config.out / "data", config.out / "data-5", config.out / "right.txt", config.out)
     parts = {name: make(sizes, place) for name, make in PARTS.items() if f"analyze {name}" in COMMANDS}
     missing = [name for name in parts if not is_done(config.out, name)]
     if missing:
@@ -393,7 +397,7 @@ def check_data(data: Path, sizes: Sizes) -> TrajectoryFolder:
 
 
 def prepare_data(config: AllConfig, sizes: Sizes, place: Place, device: str) -> None:
-    """Record what is missing, and cut it to the key points of `STUDENT_STEPS`."""
+    """Record what is missing, cut it to the key points of `STUDENT_STEPS`, and judge it."""
     if config.data is None:
         file = config.out / "prompts.txt"
         prompts(PromptsConfig(out=file, num=sizes.num_trajectories))
@@ -411,6 +415,8 @@ def prepare_data(config: AllConfig, sizes: Sizes, place: Place, device: str) -> 
         )
     if not (place.cut / MANIFEST).exists():
         write_part(TrajectoryFolder(place.data), even_grid(sizes.num_steps, STUDENT_STEPS), place.cut)
+    if not (place.right.exists() or sizes.figure_7):
+        select(SelectConfig(data=str(place.cut), out=place.right, device=device))
 
 
 # Time
