@@ -184,6 +184,13 @@ def test_a_budget_counts_samples():
     assert budget.spent == 12
 
 
+def test_what_is_missing_is_said_before_students_are_trained(tmp_path: Path):
+    record_tiny(tmp_path)
+    with pytest.raises(UserError, match="give --prompts FILE"):
+        baselines(BaselinesConfig(data=str(tmp_path / "data"), out=tmp_path / "out", budget=120 + 1600))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_methods_are_compared_at_an_equal_budget(tmp_path: Path):
     record_tiny(tmp_path)

@@ -63,7 +63,7 @@ def ablation(config: AblationConfig) -> dict[str, Any]:
     """
     own_settings = settings_of(config)
     folder = TrajectoryFolder(config.data)
-    config.check_prompts(folder.manifest.teacher)
+    config.evaluation(Path()).check_prompts(folder.manifest.teacher)
     plan = plan_runs(config, len(folder))
     cache = open_analysis(config.out, own_settings)
     seconds = distill_all([replace(run, out=cache / run.out) for runs in plan.values() for run in runs])

@@ -93,6 +93,7 @@ def baselines(config: BaselinesConfig) -> dict[str, Any]:
     """
     folder = TrajectoryFolder(config.data)
     check_budget(config, folder.manifest, len(folder))
+    evaluation(config, Path(), config.num_prompts, seed=0).check_prompts(folder.manifest.teacher)
     settings = settings_of(config)
     cache = open_analysis(config.out, settings)
     trials, best = choose_rates(config, cache, folder.manifest, len(folder))

@@ -72,7 +72,7 @@ def keypoints(config: KeypointsConfig) -> dict[str, Any]:
     folder = TrajectoryFolder(config.data)
     check_states(folder.manifest, config)
     if config.distill:
-        config.check_prompts(folder.manifest.teacher)
+        config.evaluation(Path()).check_prompts(folder.manifest.teacher)
     cache = open_analysis(config.out, settings_of(config, ("out", "write", "device")))
     indices = range(len(folder))
     half = len(indices) // 2

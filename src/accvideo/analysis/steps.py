@@ -78,7 +78,7 @@ def steps(config: StepsConfig) -> dict[str, Any]:
     manifest = read_manifest(open_storage(config.data))
     student_sweeps(manifest.num_student_steps, config.num_student_steps)
     methods = [] if config.baselines is None else read_baselines(config.baselines)
-    config.check_prompts(manifest.teacher)
+    config.evaluation(Path()).check_prompts(manifest.teacher)
     settings = settings_of(config, ("out", "device", "baselines"))
     cache = open_analysis(config.out, settings)
     plan = plan_runs(config, cache)

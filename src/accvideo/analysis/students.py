@@ -54,6 +54,14 @@ class Evaluation:
             device=self.device,
         )
 
+    def check_prompts(self, teacher: str) -> None:
+        """Refuse before any training what the evaluation would refuse after it.
+
+        Raises:
+            UserError: the prompts cannot be read, or are needed and not given.
+        """
+        choose_prompts(self.of(Path()), teacher_path(teacher) == PLAYGROUND_TEACHER)
+
 
 @dataclass(frozen=True, kw_only=True)
 class StudentsConfig:
@@ -76,14 +84,6 @@ class StudentsConfig:
         for name in ("num_seeds", "num_iterations", "batch_size", "num_prompts"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
-
-    def check_prompts(self, teacher: str) -> None:
-        """Refuse before any training what the evaluation would refuse after it.
-
-        Raises:
-            UserError: the prompts cannot be read, or are needed and not given.
-        """
-        choose_prompts(self.evaluation(Path()).of(Path()), teacher_path(teacher) == PLAYGROUND_TEACHER)
 
     def run(self, data: str, out: Path, num_iterations: int | None = None, **changes: Any) -> DistillConfig:
         """The distillation of one student; the iterations, if others than `self.num_iterations`, and other changes."""
