@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from accvideo.analysis.comparison import JUDGED, PAIRED
-from accvideo.analysis.figure import Panel, color, figure, markdown_table, spread_text, whisker
+from accvideo.analysis.figure import Panel, color, figure, markdown_table, whisker
 from accvideo.analysis.folder import open_analysis, origin, settings_of, write_results
-from accvideo.analysis.students import Evaluation, distill_all, evaluate_kinds, scaled
+from accvideo.analysis.students import Evaluation, distill_all, evaluate_kinds, metric_cell, metric_title, scaled
 from accvideo.command import choose_device
 from accvideo.data.dataset import TrajectoryFolder
 from accvideo.data.manifest import MANIFEST
@@ -380,10 +380,10 @@ def cheapest(recipes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def cost_table(results: Mapping[str, Any]) -> str:
     """Evaluations and scores of all recipes in Markdown, and what follows."""
     header = ["", "records", "recording", "training", "evaluations", "of the paper's, %"]
-    header += [f"{METRICS[name][0]}, {METRICS[name][1]}" for name in SCORES] + ["better than the paper's, points"]
+    header += [*map(metric_title, SCORES)] + ["better than the paper's, points"]
     lines = [
         [row["name"], *(f"{row[key]:,}" for key in ("num_trajectories", "recording", "training", "evaluations"))]
-        + [f"{100 * row['share']:.1f}", *(spread_text(scaled(name, row["metrics"][name])) for name in SCORES)]
+        + [f"{100 * row['share']:.1f}", *(metric_cell(name, row) for name in SCORES)]
         + [f"{100 * row['all_right_difference']['mean']:+.1f} ± {100 * row['all_right_difference']['error']:.1f}"]
         for row in results["recipes"]
     ]

@@ -129,9 +129,9 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def spread_text(values: Sequence[float], digits: int = 3) -> str:
-    """Mean and standard deviation as text."""
+    """Mean and standard deviation as text; a single value is itself."""
     mean, spread = mean_and_spread(values)
-    return f"{mean:.{digits}f} ± {spread:.{digits}f}"
+    return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if len(values) > 1 else "")
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

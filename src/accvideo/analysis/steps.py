@@ -14,6 +14,8 @@ from accvideo.analysis.students import (
     Evaluation,
     StudentsConfig,
     distill_all,
+    metric_cell,
+    metric_title,
     scaled,
     student_row,
     sum_up,
@@ -164,14 +166,13 @@ def steps_table(results: Mapping[str, Any]) -> str:
     """All rows in Markdown."""
     rows = results["rows"]
     names = [name for name in SHOWN if any(name in row["metrics"] for row in rows)]
-    titles = [f"{METRICS[name][0]}, {METRICS[name][1]}" for name in names]
-    header = ["K", "", "calls", *titles, "seconds a clip, denoising", "end to end"]
+    header = ["K", "", "calls", *map(metric_title, names), "seconds a clip, denoising", "end to end"]
     lines = [
         [
             str(row["num_steps"] if row["name"] == ALL_STEPS else row["num_student_steps"]),
             row["name"],
             str(row["denoiser_calls"]),
-            *(spread_text(scaled(name, row["metrics"][name])) if name in row["metrics"] else "–" for name in names),
+            *(metric_cell(name, row) for name in names),
             spread_text(row["seconds_denoising"]),
             spread_text(row["seconds_end_to_end"]),
         ]

@@ -209,13 +209,25 @@ def scaled(name: str, values: Sequence[float]) -> list[float]:
     return [100 * value for value in values] if METRICS[name][1] == "%" else list(values)
 
 
+def metric_title(name: str) -> str:
+    """A metric as the head of a column."""
+    title, unit = METRICS[name]
+    return f"{title}, {unit[:2].strip()}" if unit.startswith(("%", "dB")) else title
+
+
+def metric_cell(name: str, row: Row) -> str:
+    """A metric of a row in a table, in as many digits as its spread leaves meaning to."""
+    if name not in row["metrics"]:
+        return "–"
+    return spread_text(scaled(name, row["metrics"][name]), 1 if METRICS[name][1].startswith(("%", "dB")) else 3)
+
+
 def metric_table(rows: Sequence[Row]) -> str:
     """All metrics of all rows in Markdown."""
     names = [name for name in METRICS if any(name in row["metrics"] for row in rows)]
-    header = ["", "steps", "calls", *(f"{METRICS[name][0]}, {METRICS[name][1]}" for name in names)]
+    header = ["", "steps", "calls", *map(metric_title, names)]
     lines = [
-        [row["name"], str(row["num_steps"]), str(row["denoiser_calls"])]
-        + [spread_text(scaled(name, row["metrics"][name]), 3) if name in row["metrics"] else "–" for name in names]
+        [row["name"], str(row["num_steps"]), str(row["denoiser_calls"]), *(metric_cell(name, row) for name in names)]
         for row in rows
     ]
     return markdown_table(header, lines)
