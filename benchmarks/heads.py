@@ -1,7 +1,7 @@
 """How fast the discriminator's heads learn to tell a student's latents from its teacher's, by what they are shown.
 
     accvideo record playground --prompts prompts.txt --out trajectories --solver adams2 --num-steps 20
-    python benchmarks/heads.py trajectories --student playground-student --lora-rank 32 [--rates 1e-3 3e-3]
+    python benchmarks/heads.py trajectories --student playground-student [--rates 1e-3 3e-3]
 
 The student is held still. Its rollouts from fresh noise stand against the recorded states; a new head is trained on two
 thirds of both and measured on the others by the AUC of a clip's mean logit (1: all told apart, 0.5: chance). "plain"
@@ -19,6 +19,8 @@ from torch import Tensor
 
 from accvideo.data.dataset import TrajectoryFolder
 from accvideo.discriminator import Discriminator, Head
+from accvideo.inference.model import student_folder
+from accvideo.inference.student_config import read_student_config
 from accvideo.losses import cross_entropy_head_loss
 from accvideo.student import Student
 from accvideo.training.start import arithmetic, load_denoisers, starting_weights
@@ -34,7 +36,8 @@ def collect(options: argparse.Namespace) -> tuple[Discriminator, list[tuple[Tens
     """The discriminator, and for each key point the features of the teacher's and of the student's latents."""
     folder = TrajectoryFolder(options.data)
     sigmas = folder.manifest.key_sigmas
-    student = Student(load_denoisers(folder.manifest), options.lora_rank, partial(arithmetic, "cpu", "bfloat16"))
+    lora_rank = read_student_config(student_folder(options.student)).lora_rank
+    student = Student(load_denoisers(folder.manifest), lora_rank, partial(arithmetic, "cpu", "bfloat16"))
     set_weights(student, starting_weights(options.student, student.trained()))
     starts = range(0, len(folder), 32)
     batches = [collate_trajectories([folder[i] for i in range(s, min(s + 32, len(folder)))]) for s in starts]
@@ -73,8 +76,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="recorded trajectories")
-    parser.add_argument("--student", required=True, help="LoRA student of their teacher")
-    parser.add_argument("--lora-rank", type=int, default=16, help="of the student")
+    parser.add_argument("--student", required=True, help="student of their teacher")
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3], help="learning rates of the heads")
     options = parser.parse_args()
     torch.manual_seed(0)
