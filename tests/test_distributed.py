@@ -290,7 +290,7 @@ def wait_for_lines(out: Path, num_lines: int, children: list[int]) -> bool:
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(folder: TrajectoryFolder, tmp_path: Path):
     """24 times kill -9, while starting, between and in iterations, while a checkpoint is written: bit-identical."""
-    settings = {"num_iterations": 30, "save_every": 2, "validate_every": 7, "batch_size": 2, "keep_best": True}
+    settings = {"num_iterations": 60, "save_every": 2, "validate_every": 7, "batch_size": 2, "keep_best": True}
     settings |= {"ema_decay": 0.8, "schedule": "cosine", "adversarial_start": 5}
     whole_run, killed = (tiny_config(folder, tmp_path / name, **settings) for name in ("whole", "killed"))
     distill(whole_run)

@@ -101,9 +101,9 @@ def claim(folder: Path, manifest: Manifest) -> None:
         UserError: it holds something else.
     """
     own = {"teacher": manifest.teacher, "manifest": hashlib.sha256(manifest.to_json().encode()).hexdigest()}
-    path = folder / JOURNAL
+    path, text = folder / JOURNAL, json.dumps(own, indent=1) + "\n"
     if path.exists():
-        if json.loads(path.read_text("utf-8")) != own:
+        if path.read_bytes() != text.encode():
             raise UserError(f"{folder} holds the videos of another data set; give another --out")
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -112,7 +112,7 @@ def claim(folder: Path, manifest: Manifest) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {error.strerror}; give another --out") from error
-    write_whole(path, json.dumps(own, indent=1).encode() + b"\n")
+    write_whole(path, text.encode())
 
 
 def load_recorded_teacher(manifest: Manifest, device: str, acceleration: Acceleration = PLAIN) -> Model:
