@@ -27,14 +27,14 @@ from accvideo.inference.schedulers import make_scheduler
 from accvideo.inference.student_config import student_config
 from accvideo.student import load_student, save_student
 from accvideo.teacher import denoisers
-from accvideo.training.recipe import fast_precision
+from accvideo.training.recipe import DistillConfig, fast_precision, kept_trajectories
 
 
 def main() -> None:
     """Train and save."""
     parser = argparse.ArgumentParser(description="Refine a student by consistency within each step.")
     parser.add_argument("data", help="data set of the playground's teacher")
-    parser.add_argument("--start-from", type=Path, required=True, help="student of full weights")
+    parser.add_argument("--start-from", type=Path, required=True, help="student whose weights are trained on")
     parser.add_argument("--out", type=Path, required=True, help="folder for the student")
     parser.add_argument("--keep", type=Path, help="file with the numbers of the trajectories to use; all by default")
     parser.add_argument("--num-iterations", type=int, default=800)
@@ -61,7 +61,7 @@ def main() -> None:
     pipeline, before = load_student(options.start_from)
     for name, denoiser in denoisers(pipeline).items():
         setting.student.denoisers[name].load_state_dict(denoiser.state_dict())
-    kept = [int(line) for line in options.keep.read_text().split()] if options.keep else None
+    kept = kept_trajectories(DistillConfig(data=options.data, out=options.out, keep=options.keep), len(folder))
     batches = folder.batches(options.batch_size, recipe.seed, indices=kept)
     update = consistency(setting, first := to_device(next(batches), options.device))
 
