@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from accvideo.analysis.baselines.diffusion import noised
-from accvideo.analysis.baselines.guided import solve
+from accvideo.analysis.baselines.perflow import solve
 from accvideo.analysis.coverage import (
     CoverageConfig,
     coverage,
@@ -20,11 +19,12 @@ from accvideo.analysis.coverage import (
     off_share,
     stretched,
 )
+from accvideo.flow import noised
 from accvideo.teacher import PLAYGROUND_TEACHER, load_pipeline
 from accvideo.trajectory import collate_trajectories
 from accvideo.types import UserError
+from tests.gaussian import DEVIATION, gaussian_velocity, scale
 from tests.recorded import record_tiny
-from tests.test_analysis_baselines import DEVIATION, gaussian_velocity, scale
 
 
 def normal(size: int, seed: int, dim: int = 2) -> Tensor:
@@ -80,7 +80,7 @@ def test_from_its_own_states_the_teacher_is_followed_to_the_recorded_video(tmp_p
     teacher = start(Recipe(method="perflow", learning_rate=0.0, budget=0), folder).teacher
     batch = collate_trajectories([folder[0], folder[3]])
     for keypoint in (0, 2, 4):
-        reached = follow(teacher, batch, batch.states[:, keypoint], keypoint)
+        reached = follow(teacher, folder.manifest, batch, batch.states[:, keypoint], keypoint)
         torch.testing.assert_close(reached, batch.states[:, -1], atol=1e-3, rtol=1e-3)
 
 

@@ -7,8 +7,7 @@ import torch
 from rich.progress import Progress
 
 from accvideo.analysis import toy as toy_module
-from accvideo.analysis.baselines.diffusion import noised, predicted_video
-from accvideo.analysis.baselines.dmd2 import distribution_matching_gradient, distribution_matching_loss
+from accvideo.analysis.baselines.dmd2 import distribution_matching_gradient, distribution_matching_loss, predicted_video
 from accvideo.analysis.fitting import descend, run, start_fit
 from accvideo.analysis.line import (
     DATA,
@@ -31,7 +30,7 @@ from accvideo.analysis.toy_training import (
     train_teacher,
     windows,
 )
-from accvideo.flow import shifted_sigmas
+from accvideo.flow import noised, shifted_sigmas
 from accvideo.metrics import wasserstein_distance
 from accvideo.types import UserError
 

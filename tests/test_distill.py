@@ -353,6 +353,7 @@ def metrics_of(out: Path) -> list[dict[str, Any]]:
     [
         {"update": "alternating", "ema_decay": 0.8},
         {"update": "joint", "full": True, "keep_best": True, "shared_head": True, "num_student_steps": (3, 1)},
+        {"loss": "consistency", "num_student_steps": (1, 2), "adversarial_start": 4},
     ],
 )
 def test_a_killed_run_goes_on_to_the_very_same_student(
@@ -500,6 +501,8 @@ def test_a_folder_left_by_a_run_killed_at_its_first_write_is_taken(folder: Traje
     (config.out / ".config.json.tmp").write_text("{")
     claim_folder(config, folder.manifest, range(6))
     assert (config.out / "config.json").exists()
+    claim_folder(replace(config, seed=3), folder.manifest, range(6))  # nothing was made by the first settings
+    assert json.loads((config.out / "config.json").read_text())["seed"] == 3
 
 
 def test_a_data_set_of_another_teacher_is_refused(tmp_path: Path):

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,15 @@ from accvideo.data.dataset import TrajectoryFolder
 from accvideo.data.verify import problems
 from accvideo.decode import load_recorded_teacher, recorded_clips
 from accvideo.distill import DistillConfig, distill
-from accvideo.flow import euler_step
+from accvideo.flow import euler_step, secant_velocity
 from accvideo.generate import load_model, sample_clips, with_arguments
 from accvideo.media import load_media
 from accvideo.record import record
 from accvideo.recording.config import RecordConfig
-from accvideo.student import add_lora
+from accvideo.student import Student, add_lora
 from accvideo.teacher import denoisers, fingerprint
+from accvideo.training.guidance import GuidedTeacher, find_guidance
+from accvideo.trajectory import collate_trajectories
 from accvideo.types import UserError
 from tests.families import (
     FAMILIES,
@@ -136,6 +139,21 @@ def test_recorded_videos_are_decoded_as_the_teacher_does(family, folder):
         other = replace(data[0], media=data[0].media | {name: "0"})
         with pytest.raises(UserError, match=f"the {name} of trajectory 0 .* is not the one"):
             recorded_clips(teacher, [other], folder)
+
+
+def test_the_guided_teacher_takes_the_recorded_steps(family, folder):
+    """Asked anew at recorded states, with the second call and its weight as found in a run: the same velocities."""
+    data = TrajectoryFolder(folder / "guided")
+    manifest, trajectory = data.manifest, data[1]
+    guidance = find_guidance(manifest, trajectory, folder)
+    assert (guidance is None) == (family.num_guided_calls == 1)
+    student = Student(denoisers(family.make()), None, keep_teacher=False)
+    teacher, batch = GuidedTeacher(student, manifest.key_sigmas, guidance), collate_trajectories([trajectory])
+    for k, (sigma, next_sigma) in enumerate(pairwise(manifest.key_sigmas.tolist())):
+        velocity = teacher.field(batch, k)(batch.states[:, k], torch.tensor([sigma]))
+        expected = secant_velocity(batch.states[:, k], batch.states[:, k + 1], sigma, next_sigma)
+        if k == 0 or "Euler" in manifest.scheduler["class"]:  # from its second step on UniPC is no Euler step
+            torch.testing.assert_close(velocity, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])

@@ -115,8 +115,10 @@ def claim(folder: Path, manifest: Manifest) -> None:
     write_whole(path, text.encode())
 
 
-def load_recorded_teacher(manifest: Manifest, device: str, acceleration: Acceleration = PLAIN) -> Model:
-    """The teacher of a data set, with the arguments of its recording, guidance off.
+def load_recorded_teacher(
+    manifest: Manifest, device: str, acceleration: Acceleration = PLAIN, guided: bool = False
+) -> Model:
+    """The teacher of a data set, with the arguments of its recording; guidance off, unless it is to be as recorded.
 
     Raises:
         UserError: it cannot be loaded, or is another one now.
@@ -128,7 +130,7 @@ def load_recorded_teacher(manifest: Manifest, device: str, acceleration: Acceler
     if found != manifest.fingerprints:
         raise UserError(f"the data set was recorded with another teacher than {manifest.teacher} is now")
     sizes = {name: getattr(manifest, name) for name in ("height", "width", "num_frames")}
-    guidance_scale, arguments = unguided(manifest)
+    guidance_scale, arguments = (manifest.guidance_scale, manifest.pipeline_args) if guided else unguided(manifest)
     arguments = {name: value for name, value in arguments.items() if name not in SCHEDULE_ARGUMENTS}
     if guidance_scale is not None:
         arguments |= guidance_arguments(teacher.pipeline, guidance_scale)

@@ -18,6 +18,7 @@ from accvideo.inference.student_config import student_config
 from accvideo.losses import ADVERSARIAL_LOSSES, Logits, trajectory_loss
 from accvideo.student import save_student
 from accvideo.training.checkpoint import Checkpoints
+from accvideo.training.consistency import consistency_lesson
 from accvideo.training.distributed import (
     first_ranks,
     gather,
@@ -43,6 +44,7 @@ from accvideo.training.recipe import (
 from accvideo.training.start import check_start, load_denoisers, start_training
 from accvideo.training.steps import (
     Batches,
+    Lesson,
     Sweep,
     Training,
     accumulate,
@@ -51,6 +53,7 @@ from accvideo.training.steps import (
     gradient,
     move_average,
     paired_loss,
+    recorded_lesson,
     rejoining_loss,
     restore,
     set_weights,
@@ -75,6 +78,7 @@ def train(
     held_out: Sequence[TrajectoryBatch] = (),
     log: Callable[[dict[str, Any]], None] = lambda line: None,
     save: Callable[[], None] = lambda: None,
+    lesson: Lesson = recorded_lesson,
 ) -> None:
     """Algorithm 1 of the paper, from `training.iteration` on.
 
@@ -86,6 +90,7 @@ def train(
         held_out: the validation data: this rank's share, as large as any other's.
         log: takes each line of metrics.
         save: writes a checkpoint of `training`.
+        lesson: gives the losses of the teacher-forced half.
 
     Raises:
         UserError: no finite gradient for `MAX_SKIPPED` iterations in a row.
@@ -111,13 +116,12 @@ def train(
         judged, line = bool(rollouts.queues[step.start]), dict[str, Tensor]()
         measured = partial(add_means, line, len(parts))
 
-        # Teacher-forced: match the teacher's mean velocity between two stored states (Eq. 6).
+        # Teacher-forced: match the teacher's mean velocity between two stored states (Eq. 6), or another lesson.
         if not (judged and shared):
             with gradient(optimizer, line, "trajectory_gradient_norm"):
-                for part in parts:
-                    loss = paired_loss(student, part, sigmas, step).mean()
+                for loss in lesson(training, parts, sigmas, step):
                     accumulate(loss / len(parts))
-                    measured(trajectory_loss=loss)
+                    measured(**{f"{config.loss}_loss": loss})
         if alternating or not judged:
             line["gradient_norm"] = update(optimizer, clip)
 
@@ -302,13 +306,14 @@ def distill_together(config: DistillConfig) -> dict[str, Any]:
     chunks = [own[start : start + part_size] for start in range(0, len(own), part_size)]
     held_out = [to_device(collate_trajectories([folder[i] for i in chunk]), config.device) for chunk in chunks]
     sigmas = manifest.key_sigmas
+    lesson = consistency_lesson(config, folder) if config.loss == "consistency" else recorded_lesson
     denoisers = load_denoisers(manifest, config.quantization)
     training = start_training(config, denoisers, sigmas, list(islice(batches(0), config.accumulate)))
     with Checkpoints(config.out / "checkpoints") as checkpoints:
         restore(checkpoints.newest(), training, batches, config.accumulate)
         with logged(config, training, num_steps, console) as log:
             save = partial(store, checkpoints, training, config.accumulate)
-            train(config, training, sigmas, batches, held_out, log, save)
+            train(config, training, sigmas, batches, held_out, log, save, lesson)
 
     set_weights(training.student, training.best or training.average)
     if config.full:

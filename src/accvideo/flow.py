@@ -1,6 +1,7 @@
 """The mathematics of a flow's denoising trajectory: noise levels, Euler steps, secant velocities, key points."""
 
 import torch
+from torch import Tensor
 
 from accvideo.types import Latents, Sigmas, UserError
 
@@ -13,6 +14,21 @@ def shifted_sigmas(num_steps: int, shift: float = 1.0) -> Sigmas:
     """
     uniform = torch.arange(num_steps, -1, -1, dtype=torch.float64) / num_steps
     return (shift * uniform / (1 + (shift - 1) * uniform)).float()
+
+
+def noised(video: Latents, noise: Latents, sigma: Tensor | float) -> Latents:
+    """A point on the straight line from a video to any noise, `(1 - sigma) video + sigma noise`.
+
+    Lipman et al. 2023, arXiv:2210.02747. `sigma` is one level for all, or one a sample.
+    """
+    sigma = per_sample(sigma, video)
+    return (1 - sigma) * video + sigma * noise
+
+
+def per_sample(sigma: Tensor | float, latents: Latents) -> Tensor:
+    """A noise level that multiplies a batch: a number, or one for each sample."""
+    sigma = torch.as_tensor(sigma, dtype=latents.dtype, device=latents.device)
+    return sigma.reshape(sigma.shape + (1,) * (latents.ndim - sigma.ndim)) if sigma.ndim else sigma
 
 
 def euler_step(latents: Latents, velocity: Latents, sigma: float, next_sigma: float) -> Latents:

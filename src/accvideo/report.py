@@ -358,9 +358,9 @@ def validation_curves(training_log: Sequence[Mapping[str, Any]]) -> Curves:
 def training_section(training_log: Sequence[Mapping[str, Any]]) -> str:
     """Loss curves by key point and accuracy of the discriminator's heads."""
     losses = line_chart(
-        "Trajectory loss",
-        "mean squared error of the velocity, logarithmic; dotted: held-out trajectories",
-        curves(training_log, lambda line: line["trajectory_loss"]),
+        "Consistency loss" if any("consistency_loss" in line for line in training_log) else "Trajectory loss",
+        "mean squared error of the velocity, logarithmic; dotted: trajectory loss of held-out trajectories",
+        curves(training_log, lambda line: line.get("consistency_loss") or line["trajectory_loss"]),
         validation_curves(training_log),
         None,
     )

@@ -24,6 +24,9 @@ METHODS: tuple[Method, ...] = ("trajectory", "accvideo", "perflow", "consistency
 PAIRED = 3
 """Evaluations for a sample of the trajectory loss: forward and backward."""
 
+CONSISTENT = 4
+"""Of the consistency loss: that, and the student's call at the second point; the teacher's calls come on top."""
+
 JUDGED = 6
 """Of the adversarial half: a student's step with its gradient, the teacher's features of the fake with the gradient of
 its input, and of the real one."""
@@ -163,10 +166,11 @@ def train(config: BaselinesConfig, run: Run, cache: Path, manifest: Manifest, nu
     out, device = cache / run.name, choose_device(config.device)
     if (out / "student.json").exists():
         return out
-    if run.method in ("trajectory", "accvideo"):
+    if run.method in ("trajectory", "accvideo", "consistency"):
         left = config.budget - manifest.denoiser_calls * num_trajectories
         start = ADVERSARIAL_START if run.method == "accvideo" else 1.0
-        num_iterations = round(left / (config.batch_size * (PAIRED + (1 - start) * JUDGED)))
+        lesson = CONSISTENT + manifest.denoiser_calls // manifest.num_steps if run.method == "consistency" else PAIRED
+        num_iterations = round(left / (config.batch_size * (lesson + (1 - start) * JUDGED)))
         distill(
             DistillConfig(
                 data=config.data,
@@ -176,6 +180,7 @@ def train(config: BaselinesConfig, run: Run, cache: Path, manifest: Manifest, nu
                 full=True,
                 learning_rate=run.learning_rate,
                 schedule="cosine",
+                loss="consistency" if run.method == "consistency" else "trajectory",
                 adversarial_weight=0.1 if run.method == "accvideo" else 0.0,
                 adversarial_start=round(start * num_iterations),
                 num_validation=0,

@@ -18,19 +18,20 @@ from jaxtyping import Float
 from torch import Tensor
 from tyro.conf import Positional
 
-from accvideo.analysis.baselines.diffusion import noised
-from accvideo.analysis.baselines.guided import GuidedTeacher, solve
+from accvideo.analysis.baselines.perflow import solve
 from accvideo.analysis.baselines.training import Recipe, start
 from accvideo.analysis.figure import Panel, color, dot, figure, markdown_table, polyline
 from accvideo.analysis.folder import open_analysis, origin, settings_of, write_results
 from accvideo.command import choose_device, progress_bar
 from accvideo.data.dataset import TrajectoryFolder
-from accvideo.flow import even_grid
+from accvideo.data.manifest import Manifest
+from accvideo.flow import even_grid, noised
 from accvideo.generate import batches
 from accvideo.metrics import Clips, wilson_interval
 from accvideo.playground.judge import judge
 from accvideo.reporting.charts import Plot, nice_ticks
 from accvideo.teacher import PLAYGROUND_TEACHER, load_pipeline, teacher_path
+from accvideo.training.guidance import GuidedTeacher
 from accvideo.trajectory import TrajectoryBatch, collate_trajectories, write_whole
 from accvideo.types import Latents, UserError
 
@@ -189,7 +190,8 @@ def follow_all(
                     for block in batches(len(indices), config.batch_size):
                         batch = collate_trajectories([folder[indices[i]] for i in block])
                         batch = replace(batch, calls=tuple(call.to(torch.device(device)) for call in batch.calls))
-                        ends.append(follow(teacher, batch, begun[block.start : block.stop].to(device), point).cpu())
+                        latents = begun[block.start : block.stop].to(device)
+                        ends.append(follow(teacher, manifest, batch, latents, point).cpu())
                         progress.advance(bar, len(block))
                     reached = torch.cat(ends)
                     row = {
@@ -203,11 +205,14 @@ def follow_all(
     return rows
 
 
-def follow(teacher: GuidedTeacher, batch: TrajectoryBatch, latents: Latents, keypoint: int) -> Latents:
+def follow(
+    teacher: GuidedTeacher, manifest: Manifest, batch: TrajectoryBatch, latents: Latents, keypoint: int
+) -> Latents:
     """Where the teacher's own steps lead from latents at a key point: a video."""
     for number in range(keypoint, len(batch.calls)):
-        levels = teacher.sigmas[teacher.keypoints[number] : teacher.keypoints[number + 1] + 1]
-        latents = solve(teacher.field(batch, number), latents, levels.to(latents.device))
+        first, last = manifest.keypoints[number : number + 2]
+        levels = torch.tensor(manifest.sigmas[first : last + 1], device=latents.device)
+        latents = solve(teacher.field(batch, number), latents, levels)
     return latents
 
 

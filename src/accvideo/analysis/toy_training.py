@@ -10,12 +10,11 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from accvideo.analysis.baselines.diffusion import noised, predicted_video
-from accvideo.analysis.baselines.dmd2 import distribution_matching_loss
+from accvideo.analysis.baselines.dmd2 import distribution_matching_loss, predicted_video
 from accvideo.analysis.fitting import descend, run, start_fit
 from accvideo.analysis.line import DATA, moved_data, trajectories
 from accvideo.analysis.networks import Heads, Points, VelocityNetworks, generator
-from accvideo.flow import euler_step, keypoint_indices, secant_velocity, shifted_sigmas
+from accvideo.flow import euler_step, keypoint_indices, noised, secant_velocity, shifted_sigmas
 from accvideo.losses import cross_entropy_head_loss, nonsaturating_generator_loss, trajectory_loss
 
 

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+
+Made = TypeVar("Made")
 
 PATIENCE = timedelta(hours=1)
 """How long ranks wait for each other: the first writes the student meanwhile, which may be large."""
@@ -66,6 +68,15 @@ def first_ranks(number: int) -> int:
     told = torch.tensor(number)
     dist.broadcast(told, src=0)
     return int(told)
+
+
+def made_by_first(make: Callable[[], Made]) -> Made:
+    """What the first rank makes, on the CPU, for all."""
+    if num_ranks() == 1:
+        return make()
+    made = [make() if rank() == 0 else None]
+    dist.broadcast_object_list(made, src=0, device=torch.device("cpu"))
+    return cast(Made, made[0])
 
 
 def own_parts(num_parts: int) -> range:

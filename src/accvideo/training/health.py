@@ -171,7 +171,8 @@ class Watch:
         alarms: list[Alarm] = []
         if "keypoint" in line:
             alarms += self.finite(line)
-        if "trajectory_gradient_norm" in line:  # else the loss is of a step that began off the teacher's trajectory
+        # Without a gradient norm of its own the loss is of a step that began off the teacher's trajectory.
+        if {"trajectory_loss", "trajectory_gradient_norm"} <= line.keys():
             alarms += self.trajectory(line)
         if "head_loss" in line:
             alarms += self.heads(line)

@@ -74,6 +74,7 @@ def progress_bar(
     shown: dict[str, float] = {}
     labels = {
         "trajectory_loss": "trajectory",
+        "consistency_loss": "consistency",
         "generator_loss": "generator",
         "real_accuracy": "real right",
         "fake_accuracy": "fake right",

@@ -18,7 +18,7 @@ from accvideo.training.tracking import Tracker, check_tracker
 from accvideo.trajectory import write_whole
 from accvideo.types import UserError
 
-PLACES = {"data", "out", "device", "save_every", "accumulate", "shard_base", "track"}
+PLACES = {"data", "out", "media_folder", "device", "save_every", "accumulate", "shard_base", "track"}
 """Settings that change nothing in the student but rounding."""
 
 
@@ -66,6 +66,14 @@ class DistillConfig:
     """Iterations over which both learning rates rise from 0."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning rates after the warm-up: constant, or falling to 0 along half a cosine."""
+    loss: Literal["trajectory", "consistency"] = "trajectory"
+    """Of the teacher-forced half: "trajectory", the recorded steps (Eq. 6 of the paper); or "consistency", which asks
+    the teacher, guided as recorded, from the recorded videos with fresh noise: one step of its own, and the student's
+    own way on to where its step ends (arXiv:2405.18407). That is twice the work an iteration, and needs no recorded
+    states but the videos; try it from a student of the first (--start-from), with half of its learning rate."""
+    media_folder: Path = Path()
+    """What the names of images and videos in the prompts are relative to: the folder of the file of prompts. Needed by
+    "consistency" alone, to run the teacher's pipeline once."""
     adversarial_weight: float = 0.1
     """Weight of the adversarial loss (lambda_adv of the paper); 0 leaves that half of the method out."""
     adversarial_loss: Literal["nonsaturating", "saturating", "hinge"] = "nonsaturating"
@@ -123,6 +131,11 @@ class DistillConfig:
         check_tracker(self.track)
         if len(set(self.num_student_steps)) < len(self.num_student_steps):
             raise UserError(f"num_student_steps is {self.num_student_steps}; give each number once")
+        if self.loss == "consistency" and self.update == "shared":
+            raise UserError(
+                "update is shared, which leads the student back to recorded states, and loss is consistency, which "
+                "uses none\nLeave out one of them"
+            )
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"ema_decay is {self.ema_decay}; choose 0 (off) or a number below 1, such as 0.99")
         if (self.keep_best or self.patience) and not self.num_validation:
@@ -227,12 +240,11 @@ def claim_folder(config: DistillConfig, manifest: Manifest, kept: Sequence[int])
     own = settings(config) | {"num_trajectories": manifest.num_trajectories, "fingerprints": manifest.fingerprints}
     if config.keep is not None:
         own |= {"kept": hashlib.sha256(" ".join(map(str, kept)).encode()).hexdigest()}
-    if not path.exists():
-        # A hidden file is what a kill leaves of a write.
-        if config.out.exists() and (
-            not config.out.is_dir() or any(each.name[0] != "." for each in config.out.iterdir())
-        ):
-            raise UserError(f"{config.out} exists and holds no run of accvideo distill; choose another --out")
+    # A hidden file is what a kill leaves of a write; settings alone are those of a run that was refused.
+    others = config.out.is_dir() and [each for each in config.out.iterdir() if each.name[0] != "." and each != path]
+    if not path.exists() and (others or config.out.is_file()):
+        raise UserError(f"{config.out} exists and holds no run of accvideo distill; choose another --out")
+    if not others:
         config.out.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(own, indent=2).encode() + b"\n")
         return

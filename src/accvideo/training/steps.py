@@ -72,10 +72,13 @@ def step_of_iteration(sweeps: Sequence[Sweep], iteration: int) -> tuple[int, Ste
 
 def student_velocity(student: Student, batch: TrajectoryBatch, latents: Latents, sigmas: Sigmas, step: Step) -> Latents:
     """The student's velocity at the start of a step."""
-    call = batch.calls[step.start]
-    if step.is_told and len(student.denoisers) == 1:
-        call = told_call(batch.calls, sigmas, step)
+    call = told_call(batch.calls, sigmas, step) if is_told(student, step) else batch.calls[step.start]
     return student.velocity(batch.denoisers[step.start], call, latents)
+
+
+def is_told(student: Student, step: Step) -> bool:
+    """Whether the student is told how far a step goes; several denoisers have several starts to tell from."""
+    return step.is_told and len(student.denoisers) == 1
 
 
 def told_call(calls: Sequence[DenoiserCall], sigmas: Sigmas, step: Step) -> DenoiserCall:
@@ -177,6 +180,20 @@ def add_means(line: dict[str, Tensor], num_parts: int, **values: Tensor) -> None
         line[name] = line.get(name, 0) + value.detach() / num_parts
 
 
+def drawn_rows(parts: Sequence[TrajectoryBatch], draw: Callable[[int], Tensor]) -> list[Tensor]:
+    """Random rows for each of this rank's parts of a batch.
+
+    They are drawn for the whole batch, so that a row gets the same whatever the number of ranks and parts.
+
+    Args:
+        parts: of equal size.
+        draw: gives as many rows as it is asked for.
+    """
+    size, numbers = len(parts[0].states), own_parts(len(parts))
+    drawn = draw(size * numbers.step * len(parts)).split(size)
+    return [drawn[number].to(parts[0].states.device) for number in numbers]
+
+
 @dataclass(frozen=True)
 class Rollout:
     """Latents that the student made from noise, with the records whose prompts they follow."""
@@ -201,11 +218,8 @@ class Rollouts:
         """Queue noise for the prompts of a batch: fresh, or the records' own, from which the teacher set out."""
         noises = [part.states[:, 0] for part in parts]
         if fresh:
-            # Drawn for the whole batch, so that a row gets the same whatever the number of ranks and parts.
-            size, *shape = noises[0].shape
-            numbers = own_parts(len(parts))
-            drawn = torch.randn(size * numbers.step * len(parts), *shape, generator=self.generator).split(size)
-            noises = [drawn[part].to(noises[0].device) for part in numbers]
+            shape = noises[0].shape[1:]
+            noises = drawn_rows(parts, lambda rows: torch.randn(rows, *shape, generator=self.generator))
         self.queues[0] += [Rollout(noise, part, number) for noise, part in zip(noises, parts, strict=True)]
 
     def advance(self, student: Student, sigmas: Sigmas, step: Step) -> Rollout:
@@ -237,6 +251,17 @@ class Training:
     num_skipped: int = 0
     """Iterations in a row without a finite gradient."""
     iteration: int = 0
+
+
+Lesson = Callable[[Training, Sequence[TrajectoryBatch], Sigmas, Step], Iterator[Tensor]]
+"""What the student learns of a step that is not its own: the mean loss of each part of a batch, with its gradient."""
+
+
+def recorded_lesson(
+    training: Training, parts: Sequence[TrajectoryBatch], sigmas: Sigmas, step: Step
+) -> Iterator[Tensor]:
+    """The trajectory losses of the parts (Eq. 6 of the paper)."""
+    return (paired_loss(training.student, part, sigmas, step).mean() for part in parts)
 
 
 def move_average(decay: float, training: Training) -> None:

@@ -3,10 +3,15 @@
 import torch
 from torch import Tensor
 
-from accvideo.analysis.baselines.diffusion import noised, predicted_video
-from accvideo.analysis.baselines.guided import Field
+from accvideo.flow import noised, per_sample
 from accvideo.losses import trajectory_loss
+from accvideo.training.guidance import Field
 from accvideo.types import Latents, PerSample
+
+
+def predicted_video(latents: Latents, velocity: Latents, sigma: Tensor | float) -> Latents:
+    """Where a velocity points at noise level 0: the mean of all videos that `latents` may be of, if it is exact."""
+    return latents - per_sample(sigma, latents) * velocity
 
 
 def distribution_matching_gradient(video: Latents, real: Latents, fake: Latents) -> Latents:

@@ -2,10 +2,9 @@
 
 from torch import Tensor
 
-from accvideo.analysis.baselines.diffusion import noised
-from accvideo.analysis.baselines.guided import Field, solve
-from accvideo.flow import secant_velocity
+from accvideo.flow import noised, secant_velocity
 from accvideo.losses import trajectory_loss
+from accvideo.training.guidance import Field
 from accvideo.types import Latents, PerSample
 
 
@@ -27,3 +26,10 @@ def window_loss(student: Field, teacher: Field, video: Latents, noise: Latents, 
     end = solve(teacher, start, levels)
     target = secant_velocity(start, end, float(levels[0]), float(levels[-1]))
     return trajectory_loss(student(start, levels[0].expand(len(start))), target)
+
+
+def solve(field: Field, latents: Latents, levels: Tensor) -> Latents:
+    """Euler steps through noise levels `[steps + 1]`, the same for all samples."""
+    for sigma, next_sigma in zip(levels[:-1], levels[1:], strict=True):
+        latents = latents + (next_sigma - sigma) * field(latents, sigma.expand(len(latents)))
+    return latents

@@ -13,25 +13,23 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 from torch.optim import AdamW
 
-from accvideo.analysis.baselines.consistency import consistency_loss
-from accvideo.analysis.baselines.diffusion import noised, predicted_video
-from accvideo.analysis.baselines.dmd2 import fake_score_loss, student_loss
-from accvideo.analysis.baselines.guided import Budget, Field, GuidedTeacher, at_level, empty_prompt, student_field
+from accvideo.analysis.baselines.dmd2 import fake_score_loss, predicted_video, student_loss
 from accvideo.analysis.baselines.perflow import window_loss
 from accvideo.call import denoiser_blocks, layer_features
 from accvideo.data.dataset import TrajectoryFolder
 from accvideo.data.manifest import Manifest
 from accvideo.discriminator import Head, token_grid
 from accvideo.distill import to_device
-from accvideo.flow import euler_step
+from accvideo.flow import euler_step, noised
 from accvideo.inference.student_config import student_config
 from accvideo.losses import cross_entropy_head_loss
 from accvideo.student import Student, save_student
+from accvideo.training.guidance import Field, GuidedTeacher, at_level, find_guidance
 from accvideo.training.start import arithmetic, load_denoisers
 from accvideo.trajectory import TrajectoryBatch
-from accvideo.types import Latents
+from accvideo.types import Latents, UserError
 
-Baseline = Literal["perflow", "consistency", "dmd2"]
+Baseline = Literal["perflow", "dmd2"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +50,27 @@ class Recipe:
     """Of DMD2's adversarial term."""
     fake_updates: int = 5
     """Of the fake score for each of the student's: DMD2's ratio (arXiv:2405.14867, section 4.2)."""
+
+
+@dataclass
+class Budget:
+    """Evaluations of denoisers, for one sample each: a forward pass is one, a backward pass two."""
+
+    limit: int
+    spent: int = 0
+
+    def count(self, samples: int, units: int) -> None:
+        """Take note of `units` evaluations of a batch."""
+        self.spent += samples * units
+
+    def counted(self, field: Field, units: Callable[[], int]) -> Field:
+        """The same field, taking note of each use."""
+
+        def velocity(latents: Latents, sigma: Tensor) -> Latents:
+            self.count(len(latents), units())
+            return field(latents, sigma)
+
+        return velocity
 
 
 @dataclass(frozen=True)
@@ -75,9 +94,20 @@ class Setting:
         first, last = self.manifest.key_sigmas[keypoint : keypoint + 2]
         return torch.lerp(first, last, torch.rand(size, generator=self.generator)).to(device)
 
-    def field(self, batch: TrajectoryBatch, keypoint: int) -> Field:
-        """The student's velocity."""
-        return student_field(self.student, self.manifest, batch, keypoint, self.budget)
+    def field(self, batch: TrajectoryBatch, keypoint: int, student: Student | None = None) -> Field:
+        """The velocity of the student, or of another."""
+        recorded = float(self.manifest.key_sigmas[keypoint])
+
+        def velocity(latents: Latents, sigma: Tensor) -> Latents:
+            call = at_level(batch.calls[keypoint], recorded, sigma)
+            return (student or self.student).velocity(batch.denoisers[keypoint], call, latents)
+
+        return self.budget.counted(velocity, lambda: 3 if torch.is_grad_enabled() else 1)
+
+    def teacher_field(self, batch: TrajectoryBatch, keypoint: int) -> Field:
+        """The teacher's velocity."""
+        calls = 1 if self.teacher.guidance is None else 2
+        return self.budget.counted(self.teacher.field(batch, keypoint), lambda: calls)
 
 
 Update = Callable[[int, TrajectoryBatch], Tensor]
@@ -95,7 +125,7 @@ def train_baseline(recipe: Recipe, data: str, out: Path, progress: Progress) -> 
     """
     folder = TrajectoryFolder(data)
     setting = start(recipe, folder)
-    make = {"perflow": perflow, "consistency": consistency, "dmd2": dmd2}[recipe.method]
+    make = {"perflow": perflow, "dmd2": dmd2}[recipe.method]
     batches = folder.batches(recipe.batch_size, recipe.seed)
     first = to_device(next(batches), recipe.device)
     with torch.random.fork_rng():
@@ -118,16 +148,12 @@ def train_baseline(recipe: Recipe, data: str, out: Path, progress: Progress) -> 
 def start(recipe: Recipe, folder: TrajectoryFolder) -> Setting:
     """Student, teacher and optimizer before the first iteration; the recording is on the budget's account."""
     manifest = folder.manifest
+    if manifest.sigmas[0] < manifest.sigmas[-1]:
+        raise UserError(f"the noise levels of {manifest.teacher} rise from noise to video; baselines know falling ones")
     student = make_student(recipe, manifest, keep_teacher=True)
     budget = Budget(recipe.budget, manifest.denoiser_calls * len(folder))
-    teacher = GuidedTeacher(
-        student=student,
-        sigmas=torch.tensor(manifest.sigmas),
-        keypoints=manifest.keypoints,
-        guidance_scale=manifest.guidance_scale or 1.0,
-        empty={name: value.to(recipe.device) for name, value in empty_prompt(manifest, recipe.device).items()},
-        budget=budget,
-    )
+    guidance = find_guidance(manifest, folder[0], device=recipe.device)
+    teacher = GuidedTeacher(student, manifest.key_sigmas, guidance and guidance.to(recipe.device))
     optimizer = AdamW(student.trained().values(), lr=recipe.learning_rate, weight_decay=0.0)
     generator = torch.Generator().manual_seed(recipe.seed)
     return Setting(recipe, manifest, student, optimizer, teacher, generator, budget)
@@ -157,32 +183,14 @@ def step(optimizer: AdamW, loss: Tensor) -> Tensor:
 
 def perflow(setting: Setting, first: TrajectoryBatch) -> Update:
     """Knowledge distillation from forward-diffused points, one window an iteration."""
-    points = setting.manifest.keypoints
+    points, sigmas = setting.manifest.keypoints, torch.tensor(setting.manifest.sigmas)
 
     def update(iteration: int, batch: TrajectoryBatch) -> Tensor:
         keypoint = iteration % (len(points) - 1)
         video = batch.states[:, -1]
-        levels = setting.teacher.sigmas[points[keypoint] : points[keypoint + 1] + 1].to(video.device)
-        fields = setting.field(batch, keypoint), setting.teacher.field(batch, keypoint)
+        levels = sigmas[points[keypoint] : points[keypoint + 1] + 1].to(video.device)
+        fields = setting.field(batch, keypoint), setting.teacher_field(batch, keypoint)
         loss = window_loss(*fields, video, setting.noise(video), levels)
-        return step(setting.optimizer, loss.mean())
-
-    return update
-
-
-def consistency(setting: Setting, first: TrajectoryBatch) -> Update:
-    """Consistency distillation, one phase an iteration; each sample starts at one of the teacher's levels in it."""
-    points = setting.manifest.keypoints
-
-    def update(iteration: int, batch: TrajectoryBatch) -> Tensor:
-        keypoint = iteration % (len(points) - 1)
-        video = batch.states[:, -1]
-        begin, end = points[keypoint : keypoint + 2]
-        level = torch.randint(begin, end, (len(video),), generator=setting.generator)
-        sigma, next_sigma = (setting.teacher.sigmas[level + i].to(video.device) for i in (0, 1))
-        fields = setting.field(batch, keypoint), setting.teacher.field(batch, keypoint)
-        last = float(setting.teacher.sigmas[end])
-        loss = consistency_loss(*fields, video, setting.noise(video), sigma, next_sigma, last)
         return step(setting.optimizer, loss.mean())
 
     return update
@@ -244,7 +252,7 @@ def dmd2(setting: Setting, first: TrajectoryBatch) -> Update:
                 video = generate((iteration + number) % num_steps, batch)
             window = int(torch.randint(num_steps, (1,), generator=setting.generator))
             noise, sigma = setting.noise(video), setting.levels_between(window, size, device)
-            field = student_field(fake, manifest, batch, window, budget)
+            field = setting.field(batch, window, fake)
             both = [noised(each, noise, sigma) for each in (real_video, video)]
             real_logits, fake_logits = (logits(features(batch, window, each, sigma)) for each in both)
             head_loss = cross_entropy_head_loss(real_logits, fake_logits)
@@ -253,7 +261,7 @@ def dmd2(setting: Setting, first: TrajectoryBatch) -> Update:
         video = generate(iteration % num_steps, batch)
         window = int(torch.randint(num_steps, (1,), generator=setting.generator))
         noise, sigma = setting.noise(video), setting.levels_between(window, size, device)
-        fields = setting.teacher.field(batch, window), student_field(fake, manifest, batch, window, budget)
+        fields = setting.teacher_field(batch, window), setting.field(batch, window, fake)
         fooled = softplus(-logits(features(batch, window, noised(video, noise, sigma), sigma))).mean(1)
         loss = student_loss(*fields, video, noise, sigma) + recipe.adversarial_weight * fooled
         return step(setting.optimizer, loss.mean())
