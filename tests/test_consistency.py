@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from accvideo.analysis.baselines.perflow import solve
 from accvideo.call import DenoiserCall
 from accvideo.data.dataset import TrajectoryFolder
-from accvideo.distill import distill, train
+from accvideo.distill import train
 from accvideo.flow import shifted_sigmas
 from accvideo.student import Student
 from accvideo.teacher import WatchedStep
 from accvideo.training.consistency import ConsistencyLesson, consistency_lesson, consistency_loss, teacher_levels
-from accvideo.training.guidance import Guidance, GuidedTeacher, at_level, find_guidance, guidance_scale
+from accvideo.training.guidance import Guidance, GuidedTeacher, at_level, find_practice, guidance_scale
 from accvideo.training.recipe import DistillConfig
 from accvideo.training.start import load_denoisers, start_training
 from accvideo.training.steps import Step, student_step
@@ -81,16 +81,20 @@ def test_no_gradient_goes_through_the_consistency_target():
 def test_the_guided_teacher_walks_the_recorded_trajectories(experts: int, tmp_path: Path):
     """Its Euler steps lead from a recorded state to the next: prompt, guidance and levels are the pipeline's."""
     folder = record_tiny(tmp_path, experts=experts, batch_size=3)
-    guidance = find_guidance(folder.manifest, folder[0])
+    practice, points = find_practice(folder.manifest, folder[0]), folder.manifest.keypoints
+    guidance = practice.guidance
     assert guidance is not None and guidance.call.tensors.keys() == {"encoder_hidden_states"}
     assert guidance.scales == pytest.approx(dict.fromkeys(folder.manifest.fingerprints, 3.0), rel=1e-3)
     student = Student(load_denoisers(folder.manifest), lora_rank=2)
     teacher = GuidedTeacher(student, folder.manifest.key_sigmas, guidance)
+    assert [practice.denoisers[point] for point in points[:-1]] == list(folder[0].denoisers)
+    assert len(set(practice.denoisers)) == experts and practice.denoisers == sorted(practice.denoisers)
     batch, sigmas = next(folder.batches(3, seed=0)), torch.tensor(folder.manifest.sigmas)
-    for keypoint, (first, last) in enumerate(pairwise(folder.manifest.keypoints)):
-        reached = solve(teacher.field(batch, keypoint), batch.states[:, keypoint], sigmas[first : last + 1])
-        if experts == 2 and batch.denoisers[keypoint] != batch.denoisers[min(keypoint + 1, 4)]:
-            continue  # the experts may change within the step
+    for keypoint, (first, last) in enumerate(pairwise(points)):
+        reached = batch.states[:, keypoint]
+        for number in range(first, last):
+            field = teacher.field(batch, keypoint, practice.denoisers[number])
+            reached = solve(field, reached, sigmas[number : number + 2])
         torch.testing.assert_close(reached, batch.states[:, keypoint + 1], atol=2e-4, rtol=2e-4)
 
 
@@ -132,14 +136,40 @@ def test_a_call_moves_to_other_levels_and_other_scales_are_refused(tmp_path: Pat
 
 
 def test_fewer_steps_of_another_solver_are_cut_into_the_teachers(folder: TrajectoryFolder):
-    levels, manifest = teacher_levels(folder.manifest), folder.manifest
-    for (first, last), each in zip(pairwise(manifest.keypoints), levels, strict=True):
-        assert each == manifest.sigmas[first : last + 1]
-    cut = teacher_levels(replace(manifest, teacher_num_steps=25))
-    assert [each[::3] for each in cut] == levels
-    assert all(early > late for each in cut for early, late in pairwise(each))
-    gaps = [early - late for early, late in pairwise(cut[0][:4])]
-    assert gaps == pytest.approx([gaps[0]] * 3)
+    manifest, names = folder.manifest, ["one"] * 6 + ["two"] * 4
+    levels = teacher_levels(manifest, names)
+    assert [len(each) for each in levels] == [2] * 5
+    assert [level for each in levels for level in each] == list(zip(manifest.sigmas, names, strict=False))
+    cut = teacher_levels(replace(manifest, teacher_num_steps=25), names)
+    assert [each[::3] for each in cut] == levels and [len(each) for each in cut] == [6] * 5
+    sigmas, denoisers = zip(*(level for each in cut for level in each), strict=True)
+    assert denoisers == ("one",) * 18 + ("two",) * 12
+    gaps = [early - late for early, late in pairwise([*sigmas, 0.0])]
+    assert min(gaps) > 0 and gaps[3:6] == pytest.approx([gaps[3]] * 3)
+
+
+def test_each_level_of_a_step_is_the_experts_that_takes_it(tmp_path: Path):
+    """Where experts change within a step, the point is drawn among the levels of one of them, and it is asked."""
+    folder = record_tiny(tmp_path, experts=2, num_student_steps=2)
+    config = tiny_config(folder, tmp_path / "out", loss="consistency")
+    lesson, batch = consistency_lesson(config, folder), next(folder.batches(2, seed=0))
+    names = [{name for _, name in each} for each in lesson.levels]
+    k = names.index({"transformer", "transformer_2"})
+    sigmas = folder.manifest.key_sigmas
+    training = start_training(config, load_denoisers(folder.manifest), sigmas, [batch])
+    asked = {name: list[float]() for name in names[k]}
+
+    def note(name: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if not torch.is_grad_enabled() and training.student.adapters[0]._disable_adapters:
+            asked[name] += kwargs["timestep"].tolist()
+
+    for name, denoiser in training.student.teachers.items():
+        denoiser.register_forward_pre_hook(partial(note, name), with_kwargs=True)
+    for _ in range(12):
+        list(lesson(training, [batch], sigmas, Step(k, k + 1)))
+    assert {name: set(levels) for name, levels in asked.items()} == {
+        name: {int(1000 * level) for level, whose in lesson.levels[k] if whose == name} for name in names[k]
+    }
 
 
 def test_a_student_that_is_its_teacher_has_no_loss_over_single_steps_and_guidance_makes_one(tmp_path: Path):
@@ -215,7 +245,9 @@ def test_a_student_learns_from_videos_and_fresh_noise_alone(upwards: bool):
     training = start_training(config, {"transformer": MixtureDenoiser()}, told, [batch(videos[:1])])
     training.student.teachers["transformer"] = Turned() if upwards else ExactDenoiser()
     fine = shifted_sigmas(24)
-    levels = [(1 - part if upwards else part).tolist() for part in (fine[:13], fine[12:])]
+    levels = [
+        [(float(1 - level if upwards else level), "transformer") for level in part] for part in (fine[:12], fine[12:-1])
+    ]
     lines: list[dict[str, Any]] = []
     train(config, training, told, batches, lesson=ConsistencyLesson(None, levels), log=lines.append)
     assert {"consistency_loss", "trajectory_gradient_norm"} <= lines[-1].keys()
@@ -229,12 +261,6 @@ def test_a_student_learns_from_videos_and_fresh_noise_alone(upwards: bool):
     assert (latents - target).square().mean().sqrt() < 0.75 * (few - target).square().mean().sqrt()
 
 
-# --- What is refused ---
-
-
-def test_a_teacher_that_changes_its_denoiser_within_a_step_is_refused(tmp_path: Path):
-    folder = record_tiny(tmp_path, experts=2)
-    with pytest.raises(UserError, match="changes its denoiser somewhere between key points"):
-        distill(tiny_config(folder, tmp_path / "out", loss="consistency"))
+def test_the_loss_of_recorded_states_alone_knows_shared_updates(folder: TrajectoryFolder, tmp_path: Path):
     with pytest.raises(UserError, match="Leave out one of them"):
         tiny_config(folder, tmp_path / "out", loss="consistency", update="shared")

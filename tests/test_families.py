@@ -39,7 +39,7 @@ from accvideo.record import record
 from accvideo.recording.config import RecordConfig
 from accvideo.student import Student, add_lora
 from accvideo.teacher import denoisers, fingerprint
-from accvideo.training.guidance import GuidedTeacher, find_guidance
+from accvideo.training.guidance import GuidedTeacher, find_practice
 from accvideo.trajectory import collate_trajectories
 from accvideo.types import UserError
 from tests.families import (
@@ -145,7 +145,7 @@ def test_the_guided_teacher_takes_the_recorded_steps(family, folder):
     """Asked anew at recorded states, with the second call and its weight as found in a run: the same velocities."""
     data = TrajectoryFolder(folder / "guided")
     manifest, trajectory = data.manifest, data[1]
-    guidance = find_guidance(manifest, trajectory, folder)
+    guidance = find_practice(manifest, trajectory, folder).guidance
     assert (guidance is None) == (family.num_guided_calls == 1)
     student = Student(denoisers(family.make()), None, keep_teacher=False)
     teacher, batch = GuidedTeacher(student, manifest.key_sigmas, guidance), collate_trajectories([trajectory])

@@ -16,11 +16,11 @@ from accvideo.inference.schedulers import told_timestep
 from accvideo.losses import trajectory_loss
 from accvideo.student import Student
 from accvideo.training.distributed import made_by_first
-from accvideo.training.guidance import INSTEAD, Field, Guidance, GuidedTeacher, at_level, find_guidance
+from accvideo.training.guidance import Field, Guidance, GuidedTeacher, at_level, find_practice
 from accvideo.training.recipe import DistillConfig
-from accvideo.training.steps import Step, Training, drawn_rows, is_told, student_sweeps
+from accvideo.training.steps import Step, Training, drawn_rows, is_told
 from accvideo.trajectory import TrajectoryBatch
-from accvideo.types import Latents, PerSample, Sigmas, UserError
+from accvideo.types import Latents, PerSample, Sigmas
 
 
 def consistency_loss(
@@ -61,24 +61,28 @@ class ConsistencyLesson:
     """The consistency losses of an iteration's parts, in place of `steps.recorded_lesson`."""
 
     guidance: Guidance | None
-    levels: Sequence[Sequence[float]]
-    """Noise levels of the teacher's steps, from each recorded key point to the next, both included."""
+    levels: Sequence[Sequence[tuple[float, str]]]
+    """Noise levels at which the teacher's steps start, from each recorded key point to the next, and who takes them."""
 
     def __call__(
         self, training: Training, parts: Sequence[TrajectoryBatch], sigmas: Sigmas, step: Step
     ) -> Iterator[Tensor]:
         """The mean loss of each part: noise, and a level of the teacher's within the step, are drawn for each row."""
-        levels = torch.tensor([*(level for each in self.levels[step.start : step.end] for level in each[:-1])])
-        following = torch.cat([levels[1:], sigmas[step.end : step.end + 1]])
+        starts = [start for each in self.levels[step.start : step.end] for start in each]
+        levels = torch.tensor([level for level, _ in starts] + [float(sigmas[step.end])])
         generator, shape = training.rollouts.generator, parts[0].states.shape[2:]
+        # All rows at levels of one denoiser, which is drawn as often as it has levels.
+        name = starts[int(torch.randint(len(starts), (), generator=generator))][1]
+        among = torch.tensor([number for number, (_, denoiser) in enumerate(starts) if denoiser == name])
         noises = drawn_rows(parts, lambda rows: torch.randn(rows, *shape, generator=generator))
-        places = drawn_rows(parts, lambda rows: torch.randint(len(levels), (rows,), generator=generator))
+        places = drawn_rows(parts, lambda rows: among[torch.randint(len(among), (rows,), generator=generator)])
         teacher = GuidedTeacher(training.student, sigmas, self.guidance)
         upwards = bool(sigmas[0] < sigmas[-1])  # Mochi's noise levels are 0 at the noise and 1 at the video
+        levels = levels.to(noises[0].device)
         for part, noise, place in zip(parts, noises, places, strict=True):
-            fields = student_field(training.student, part, sigmas, step), teacher.field(part, step.start)
-            chosen = levels.to(place.device)[place], following.to(place.device)[place]
+            fields = student_field(training.student, part, sigmas, step), teacher.field(part, step.start, name)
             video, noise = (noise, part.states[:, -1]) if upwards else (part.states[:, -1], noise)
+            chosen = levels[place], levels[place + 1]
             yield consistency_loss(*fields, video, noise, *chosen, end=float(sigmas[step.end])).mean()
 
 
@@ -98,34 +102,28 @@ def student_field(student: Student, batch: TrajectoryBatch, sigmas: Sigmas, step
 
 
 def consistency_lesson(config: DistillConfig, folder: TrajectoryFolder) -> ConsistencyLesson:
-    """The lesson for a data set's teacher; its pipeline is run for a few steps, where it is guided.
+    """The lesson for a data set's teacher.
 
     Raises:
-        UserError: the teacher changes its denoiser within one of the student's steps, or `find_guidance` refuses it.
+        UserError: what `find_practice` refuses.
     """
-    manifest, trajectory = folder.manifest, folder[0]
-    sweeps = student_sweeps(manifest.num_student_steps, config.num_student_steps)
-    for step in (step for sweep in sweeps for step in sweep):
-        if len(set(trajectory.denoisers[step.start : step.end + 1])) > 1:
-            raise UserError(
-                f"the teacher changes its denoiser somewhere between key points {step.start} and {step.end}, and the "
-                f"data set does not say where\n{INSTEAD}"
-            )
-    find = partial(find_guidance, manifest, trajectory, config.media_folder, config.device)
-    guidance = made_by_first(find)
-    return ConsistencyLesson(guidance and guidance.to(config.device), teacher_levels(manifest))
+    practice = made_by_first(partial(find_practice, folder.manifest, folder[0], config.media_folder, config.device))
+    guidance = practice.guidance and practice.guidance.to(config.device)
+    return ConsistencyLesson(guidance, teacher_levels(folder.manifest, practice.denoisers))
 
 
-def teacher_levels(manifest: Manifest) -> list[list[float]]:
-    """Noise levels of the teacher's own steps, from each key point to the next, both included.
+def teacher_levels(manifest: Manifest, denoisers: Sequence[str]) -> list[list[tuple[float, str]]]:
+    """Noise levels at which the teacher's own steps start, from each key point to the next, and who takes them.
 
     Where another solver took fewer steps than the teacher does, each of them is cut into as many as make up for it.
+
+    Args:
+        manifest: of the data set.
+        denoisers: their names, for each of its steps.
     """
     cuts = math.ceil((manifest.teacher_num_steps or manifest.num_steps) / manifest.num_steps)
-
-    def between(first: int, last: int) -> list[float]:
-        pairs = pairwise(manifest.sigmas[first : last + 1])
-        levels = [start + (end - start) * cut / cuts for start, end in pairs for cut in range(cuts)]
-        return [*levels, manifest.sigmas[last]]
-
-    return [between(first, last) for first, last in pairwise(manifest.keypoints)]
+    steps = [
+        [(start + (end - start) * cut / cuts, name) for cut in range(cuts)]
+        for (start, end), name in zip(pairwise(manifest.sigmas), denoisers, strict=True)
+    ]
+    return [[level for step in steps[first:last] for level in step] for first, last in pairwise(manifest.keypoints)]

@@ -8,11 +8,13 @@ read off a run of the teacher's own pipeline.
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from accvideo.call import DenoiserCall, capture_call, flatten, replay, unflatten
@@ -73,9 +75,15 @@ class GuidedTeacher:
     guidance: Guidance | None
     """None: the teacher takes one call a step."""
 
-    def field(self, batch: TrajectoryBatch, keypoint: int) -> Field:
-        """Its velocity for the prompts of a batch, by the denoiser that made the step from this key point."""
-        name, recorded = batch.denoisers[keypoint], float(self.key_sigmas[keypoint])
+    def field(self, batch: TrajectoryBatch, keypoint: int, denoiser: str | None = None) -> Field:
+        """Its velocity for the prompts of a batch.
+
+        Args:
+            batch: with the recorded calls.
+            keypoint: whose call is moved to other levels.
+            denoiser: None: the one that made this call.
+        """
+        name, recorded = denoiser or batch.denoisers[keypoint], float(self.key_sigmas[keypoint])
 
         @torch.no_grad()
         def velocity(latents: Latents, sigma: Tensor) -> Latents:
@@ -110,10 +118,20 @@ def at_level(call: DenoiserCall, recorded: float, sigma: Tensor) -> DenoiserCall
     return replace(call, tensors=call.tensors | {"timestep": moved.to(timestep.dtype)})
 
 
-def find_guidance(
+@dataclass(frozen=True)
+class Practice:
+    """How a teacher goes about its steps."""
+
+    denoisers: Sequence[str]
+    """Of each step."""
+    guidance: Guidance | None
+    """None: it takes one call a step."""
+
+
+def find_practice(
     manifest: Manifest, trajectory: Trajectory, media_folder: Path = Path(), device: str = "cpu"
-) -> Guidance | None:
-    """How the teacher was guided while it was recorded, from a few steps of its pipeline; None: by one call a step.
+) -> Practice:
+    """How the teacher went about its steps while it was recorded; its pipeline is run if the data set does not say.
 
     Args:
         manifest: of the data set.
@@ -125,12 +143,60 @@ def find_guidance(
         UserError: the teacher cannot be loaded or is another one now, a file is not the recorded one, or guidance is
             not a sum of two calls with the same weights on each step.
     """
-    if manifest.denoiser_calls == manifest.num_steps:
-        return None
+    guided = manifest.denoiser_calls > manifest.num_steps
+    steps = [trajectory.denoisers[0]] * manifest.num_steps
+    if not guided and len(manifest.fingerprints) == 1:
+        return Practice(steps, None)
     teacher = load_recorded_teacher(manifest, device, guided=True)
     check_media(trajectory, teacher.arguments, media_folder)
-    pipeline: Any = teacher.pipeline
-    shared, networks = trajectory.calls[0].shared.keys(), denoisers(teacher.pipeline)
+
+    def run(num_steps: int) -> None:
+        pipeline: Any = teacher.pipeline
+        pipeline(
+            num_inference_steps=num_steps,
+            output_type="latent",
+            **batch_arguments([trajectory.prompt], trajectory.seed, [trajectory.index]),
+            **load_media(teacher.arguments),
+            **load_media(trajectory.arguments, media_folder),
+        )
+
+    if len(manifest.fingerprints) > 1:
+        steps = denoisers_of_steps(teacher.pipeline, partial(run, manifest.num_steps), manifest.num_steps)
+    few = partial(run, min(NUM_WATCHED_STEPS, manifest.num_steps))
+    return Practice(steps, find_guidance(teacher.pipeline, few, trajectory) if guided else None)
+
+
+def denoisers_of_steps(pipeline: DiffusionPipeline, run: Callable[[], None], num_steps: int) -> list[str]:
+    """The names of the denoisers that a run of a pipeline calls, step by step; each computes but once.
+
+    Its later calls get the same answer: which is called goes by the noise level.
+    """
+    called, answers = [], dict[str, Any]()
+
+    def answer(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        called.append(name)
+        if name not in answers:
+            answers[name] = forward(*args, **kwargs)
+        return answers[name]
+
+    networks: dict[str, Any] = {**denoisers(pipeline)}
+    try:
+        for name, network in networks.items():
+            network.forward = partial(answer, name, network.forward)
+        run()
+    finally:
+        for network in networks.values():
+            del network.forward
+    return called[:: len(called) // num_steps]
+
+
+def find_guidance(pipeline: DiffusionPipeline, run: Callable[[], None], trajectory: Trajectory) -> Guidance:
+    """How a pipeline is guided on the steps of a run.
+
+    Raises:
+        UserError: not by a sum of two calls with the same weights on each step.
+    """
+    shared, networks = trajectory.calls[0].shared.keys(), denoisers(pipeline)
     asked: list[Mapping[str, Any]] = []  # all arguments of each call
 
     def see_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -142,13 +208,7 @@ def find_guidance(
         for network in networks.values():
             undo.callback(network.register_forward_pre_hook(see_call, with_kwargs=True).remove)
         seen = undo.enter_context(watch(pipeline, shared=shared))
-        pipeline(
-            num_inference_steps=min(NUM_WATCHED_STEPS, manifest.num_steps),
-            output_type="latent",
-            **batch_arguments([trajectory.prompt], trajectory.seed, [trajectory.index]),
-            **load_media(teacher.arguments),
-            **load_media(trajectory.arguments, media_folder),
-        )
+        run()
     first, second = seen.steps[0].call, second_call(asked, seen.steps, shared)
     own = {
         name: tensor

@@ -24,7 +24,7 @@ from accvideo.flow import euler_step, noised
 from accvideo.inference.student_config import student_config
 from accvideo.losses import cross_entropy_head_loss
 from accvideo.student import Student, save_student
-from accvideo.training.guidance import Field, GuidedTeacher, at_level, find_guidance
+from accvideo.training.guidance import Field, GuidedTeacher, at_level, find_practice
 from accvideo.training.start import arithmetic, load_denoisers
 from accvideo.trajectory import TrajectoryBatch
 from accvideo.types import Latents, UserError
@@ -152,7 +152,7 @@ def start(recipe: Recipe, folder: TrajectoryFolder) -> Setting:
         raise UserError(f"the noise levels of {manifest.teacher} rise from noise to video; baselines know falling ones")
     student = make_student(recipe, manifest, keep_teacher=True)
     budget = Budget(recipe.budget, manifest.denoiser_calls * len(folder))
-    guidance = find_guidance(manifest, folder[0], device=recipe.device)
+    guidance = find_practice(manifest, folder[0], device=recipe.device).guidance
     teacher = GuidedTeacher(student, manifest.key_sigmas, guidance and guidance.to(recipe.device))
     optimizer = AdamW(student.trained().values(), lr=recipe.learning_rate, weight_decay=0.0)
     generator = torch.Generator().manual_seed(recipe.seed)
