@@ -80,7 +80,7 @@ def test_no_gradient_goes_through_the_consistency_target():
 @pytest.mark.parametrize("experts", [1, 2])
 def test_the_guided_teacher_walks_the_recorded_trajectories(experts: int, tmp_path: Path):
     """Its Euler steps lead from a recorded state to the next: prompt, guidance and levels are the pipeline's."""
-    folder = record_tiny(tmp_path, experts=experts, batch_size=3)
+    folder = record_tiny(tmp_path, experts=experts, batch_size=3, shift=9.0)
     practice, points = find_practice(folder.manifest, folder[0]), folder.manifest.keypoints
     guidance = practice.guidance
     assert guidance is not None and guidance.call.tensors.keys() == {"encoder_hidden_states"}

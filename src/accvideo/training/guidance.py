@@ -21,6 +21,7 @@ from accvideo.call import DenoiserCall, capture_call, flatten, replay, unflatten
 from accvideo.data.manifest import Manifest
 from accvideo.decode import check_media, load_recorded_teacher
 from accvideo.flow import per_sample
+from accvideo.inference.schedulers import make_scheduler
 from accvideo.media import load_media
 from accvideo.student import Student
 from accvideo.teacher import WatchedStep, batch_arguments, denoisers, named_arguments, watch
@@ -149,6 +150,7 @@ def find_practice(
         return Practice(steps, None)
     teacher = load_recorded_teacher(manifest, device, guided=True)
     check_media(trajectory, teacher.arguments, media_folder)
+    teacher.pipeline.register_modules(scheduler=make_scheduler(manifest.scheduler))  # with the shift of the recording
 
     def run(num_steps: int) -> None:
         pipeline: Any = teacher.pipeline
