@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from accvideo.report import ShownClip, curves, sprite, write_report
+from accvideo.report import ShownClip, curves, sprite, training_section, write_report
 from accvideo.reporting.charts import binned, log_ticks, nice_ticks
 from accvideo.reporting.wording import number
 from accvideo.vbench.published import PUBLISHED, describe_published
@@ -161,6 +161,12 @@ def test_page_parses_and_holds_all_rows(page: str):
         assert text in parsed.text
     assert len(parsed.sprites) == 2 * 5 + 2
     assert "shape, motion" in parsed.text and "Trajectory loss" in parsed.text and "key point 4" in parsed.text
+
+
+def test_the_training_is_shown_by_its_own_loss():
+    assert "trajectory loss pulls" in training_section(make_log())
+    log = [{name.replace("trajectory", "consistency"): value for name, value in line.items()} for line in make_log()]
+    assert "consistency loss pulls" in training_section(log) and "Consistency loss" in training_section(log)
 
 
 def test_page_needs_no_network(page: str):

@@ -355,12 +355,21 @@ def validation_curves(training_log: Sequence[Mapping[str, Any]]) -> Curves:
     return {k: [(float(line["iteration"]), line["validation_loss"][k]) for line in lines] for k in range(num_keypoints)}
 
 
+LOSSES = {
+    "trajectory": "The trajectory loss pulls the student's step to the secant of the teacher's trajectory.",
+    "consistency": "The consistency loss pulls the student, from noised videos, to where one step of the teacher and "
+    "the student's own way on lead.",
+}
+"""What is learned by a loss."""
+
+
 def training_section(training_log: Sequence[Mapping[str, Any]]) -> str:
     """Loss curves by key point and accuracy of the discriminator's heads."""
+    kind = "consistency" if any("consistency_loss" in line for line in training_log) else "trajectory"
     losses = line_chart(
-        "Consistency loss" if any("consistency_loss" in line for line in training_log) else "Trajectory loss",
+        f"{kind.capitalize()} loss",
         "mean squared error of the velocity, logarithmic; dotted: trajectory loss of held-out trajectories",
-        curves(training_log, lambda line: line.get("consistency_loss") or line["trajectory_loss"]),
+        curves(training_log, lambda line: line[f"{kind}_loss"]),
         validation_curves(training_log),
         None,
     )
@@ -380,8 +389,8 @@ def training_section(training_log: Sequence[Mapping[str, Any]]) -> str:
         else " No discriminator was trained."
     )
     return (
-        '<section><h2>Training</h2><p class="note">Each curve is one key point, 0 at the noise. The trajectory loss '
-        f"pulls the student's step to the secant of the teacher's trajectory.{adversarial}</p>"
+        '<section><h2>Training</h2><p class="note">Each curve is one key point, 0 at the noise. '
+        f"{LOSSES[kind]}{adversarial}</p>"
         f'<div class="grid">{losses}{heads}</div></section>'
     )
 
