@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import accvideo.training.guidance as stage
 from accvideo.analysis.baselines.perflow import solve
 from accvideo.call import DenoiserCall
 from accvideo.data.dataset import TrajectoryFolder
@@ -19,7 +20,7 @@ from accvideo.flow import shifted_sigmas
 from accvideo.student import Student
 from accvideo.teacher import WatchedStep
 from accvideo.training.consistency import ConsistencyLesson, consistency_lesson, consistency_loss, teacher_levels
-from accvideo.training.guidance import Guidance, GuidedTeacher, at_level, find_practice, guidance_scale
+from accvideo.training.guidance import Guidance, GuidedTeacher, at_level, find_practice, guidance_scale, second_call
 from accvideo.training.recipe import DistillConfig
 from accvideo.training.start import load_denoisers, start_training
 from accvideo.training.steps import Step, student_step
@@ -118,6 +119,20 @@ def test_only_a_sum_of_two_calls_is_taken_for_guidance():
     assert guidance_scale(TwoCalls(), replace(guidance, call=call(one)), step(one)) == []
     with pytest.raises(UserError, match="no sum of its two calls: 80%.*\n.*--loss trajectory"):
         guidance_scale(TwoCalls(), guidance, step(two + torch.tensor([[3.0, -0.5]])))
+
+
+def test_guidance_that_changes_or_takes_more_calls_is_refused(
+    folder: TrajectoryFolder, monkeypatch: pytest.MonkeyPatch
+):
+    scales = iter([3.0, 3.2, 3.0, 1.0, 3.0])
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "guidance_scale", lambda *_: [next(scales)])
+        with pytest.raises(UserError, match="not the same on each step: scales 3, 3.2, 3, 1, 3"):
+            find_practice(folder.manifest, folder[0])
+    call, state = folder[0].calls[0], folder[0].states[:1]
+    step = WatchedStep(state, state, state, 1.0, 0.5, "transformer", call)
+    with pytest.raises(UserError, match="guided by 3 calls a step; known are two"):
+        second_call([{"hidden_states": state}] * 3, [step], ())
 
 
 def test_a_call_moves_to_other_levels_and_other_scales_are_refused(tmp_path: Path):

@@ -158,11 +158,12 @@ def test_the_guided_teacher_takes_the_recorded_steps(family, folder):
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 def test_a_student_is_made_and_runs(family, folder, full):
-    """From guided trajectories, two iterations, saved, loaded; it runs in its pipeline without guidance."""
+    """From guided trajectories, by either loss, saved, loaded; it runs in its pipeline without guidance."""
     assert problems(folder / "guided") == []
     manifest, out = TrajectoryFolder(folder / "guided").manifest, folder / f"student-{full}"
     assert manifest.denoiser_calls == family.num_guided_calls * NUM_STEPS
     config = DistillConfig(data=folder / "guided", out=out, num_iterations=2, batch_size=2, full=full, lora_rank=2,
+                           loss="trajectory" if full else "consistency", media_folder=folder,
                            num_validation=0, device="cpu")  # fmt: skip
     if not family.has_lora and not full:
         with pytest.raises(UserError, match="--full"):
