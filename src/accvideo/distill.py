@@ -306,7 +306,10 @@ def distill_together(config: DistillConfig) -> dict[str, Any]:
     chunks = [own[start : start + part_size] for start in range(0, len(own), part_size)]
     held_out = [to_device(collate_trajectories([folder[i] for i in chunk]), config.device) for chunk in chunks]
     sigmas = manifest.key_sigmas
-    lesson = consistency_lesson(config, folder) if config.loss == "consistency" else recorded_lesson
+    lesson = recorded_lesson
+    if config.loss == "consistency":
+        console.print(f"looking how {manifest.teacher} is guided")
+        lesson = consistency_lesson(config, folder)
     denoisers = load_denoisers(manifest, config.quantization)
     training = start_training(config, denoisers, sigmas, list(islice(batches(0), config.accumulate)))
     with Checkpoints(config.out / "checkpoints") as checkpoints:
