@@ -86,7 +86,7 @@ def test_a_baseline_spends_its_budget_and_saves_a_student(method: Any, tmp_path:
 
 
 def test_a_budget_counts_samples():
-    budget = Budget(10)
+    budget = Budget()
     budget.count(4, 3)
     assert budget.spent == 12
 

@@ -56,7 +56,6 @@ class Recipe:
 class Budget:
     """Evaluations of denoisers, for one sample each: a forward pass is one, a backward pass two."""
 
-    limit: int
     spent: int = 0
 
     def count(self, samples: int, units: int) -> None:
@@ -151,7 +150,7 @@ def start(recipe: Recipe, folder: TrajectoryFolder) -> Setting:
     if manifest.sigmas[0] < manifest.sigmas[-1]:
         raise UserError(f"the noise levels of {manifest.teacher} rise from noise to video; baselines know falling ones")
     student = make_student(recipe, manifest, keep_teacher=True)
-    budget = Budget(recipe.budget, manifest.denoiser_calls * len(folder))
+    budget = Budget(manifest.denoiser_calls * len(folder))
     guidance = find_practice(manifest, folder[0], device=recipe.device).guidance
     teacher = GuidedTeacher(student, manifest.key_sigmas, guidance and guidance.to(recipe.device))
     optimizer = AdamW(student.trained().values(), lr=recipe.learning_rate, weight_decay=0.0)
