@@ -103,21 +103,24 @@ def test_methods_are_compared_at_an_equal_budget(tmp_path: Path):
     record_tiny(tmp_path)
     (tmp_path / "test.txt").write_text("\n".join(PROMPTS[:2]))
     config = BaselinesConfig(
-        data=str(tmp_path / "data"), out=tmp_path / "out", budget=120 + 1600, methods=("trajectory", "perflow"),
-        num_seeds=2, learning_rates=(1e-4, 1e-3), num_prompts=2, num_trial_prompts=1, prompts=tmp_path / "test.txt",
+        data=str(tmp_path / "data"), out=tmp_path / "out", budget=120 + 1600,
+        methods=("trajectory", "perflow", "consistency"), num_seeds=2,
+        learning_rates=(1e-4, 1e-3), num_prompts=2, num_trial_prompts=1, prompts=tmp_path / "test.txt",
     )  # fmt: skip
     results = baselines(config)
     names = [row["name"] for row in results["rows"]]
-    assert names[-2:] == ["trajectory", "perflow"] and "teacher_unipc" in names
+    assert names[-3:] == ["trajectory", "perflow", "consistency"] and "teacher_unipc" in names
     assert [(each["method"], each["learning_rate"]) for each in results["trials"]] == [
-        (method, rate) for method in ("trajectory", "perflow") for rate in (1e-4, 1e-3)
+        (method, rate) for method in ("trajectory", "perflow", "consistency") for rate in (1e-4, 1e-3)
     ]
     by_name = {row["name"]: row for row in results["rows"]}
     assert len(by_name["perflow"]["metrics"]["latent_mse"]) == 2
     assert by_name["perflow"]["denoiser_calls"] == 5 and by_name["teacher_unipc"]["num_steps"] == 5
-    rate = results["learning_rates"]["trajectory"]
-    recipe = read_student_config(tmp_path / "out" / "cache" / f"trajectory-{rate:g}-0").recipe
-    assert recipe["num_iterations"] == round(1600 / (16 * 3))
+    for method, cost in (("trajectory", 3), ("consistency", 2 + 1 + 3)):  # the teacher's step, the target, the student
+        rate = results["learning_rates"][method]
+        recipe = read_student_config(tmp_path / "out" / "cache" / f"{method}-{rate:g}-0").recipe
+        assert (recipe["loss"] == "consistency") == (method == "consistency")
+        assert recipe["num_iterations"] == round(1600 / (16 * cost))
     assert baselines(config)["rows"] == results["rows"]
     with pytest.raises(UserError, match="recording alone took 120"):
         baselines(BaselinesConfig(data=config.data, out=tmp_path / "other", budget=100))
