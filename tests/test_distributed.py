@@ -1,3 +1,4 @@
+import json
 import math
 import os
 import random
@@ -222,15 +223,21 @@ def weights_of(out: Path) -> dict[str, Tensor]:
 
 
 def assert_same_run(found: Path, expected: Path, tolerance: float) -> None:
-    """The loss curves, and the weights, of two runs are equal."""
+    """The loss curves, and the weights, of two runs are equal.
+
+    Adam divides a gradient by its own size, so where one is nearly zero its rounding shows in the weight: with a
+    tolerance, weights may differ by a hundredth of one of Adam's steps.
+    """
     numbers, others = numbers_of(found), numbers_of(expected)
     assert [name for name, _ in numbers] == [name for name, _ in others]
     for (name, value), (_, other) in zip(numbers, others, strict=True):
         assert value == pytest.approx(other, rel=tolerance, abs=tolerance), name
     weights, others = weights_of(found), weights_of(expected)
     assert weights.keys() == others.keys() and weights
+    adam_step = json.loads((expected / "config.json").read_text())["learning_rate"]
+    furthest = max(tolerance, 0.01 * adam_step) if tolerance else 0.0
     for name, tensor in weights.items():
-        torch.testing.assert_close(tensor, others[name], rtol=tolerance, atol=tolerance, msg=name)
+        torch.testing.assert_close(tensor, others[name], rtol=tolerance, atol=furthest, msg=name)
 
 
 CASES: dict[str, dict[str, Any]] = {
