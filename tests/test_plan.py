@@ -3,9 +3,11 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from torch import Tensor
 from torch.optim import AdamW
 
 from accvideo import cli
@@ -20,6 +22,7 @@ from accvideo.plan import (
     PlanConfig,
     VideoCosts,
     call_cost,
+    consistency_calls,
     count_parameters,
     count_video,
     covered,
@@ -36,7 +39,10 @@ from accvideo.planning.cost import measure
 from accvideo.planning.networks import Network
 from accvideo.presets import PRESETS, Preset, meta
 from accvideo.student import Student
-from accvideo.trajectory import trajectory_name
+from accvideo.training.consistency import consistency_loss
+from accvideo.training.guidance import Guidance, GuidedTeacher
+from accvideo.training.steps import Step, paired_loss
+from accvideo.trajectory import TrajectoryBatch, trajectory_name
 from accvideo.types import UserError
 from tests.recorded import record_tiny
 from tests.tiny import wan_transformer
@@ -175,6 +181,37 @@ def test_training_takes_the_passes_of_the_method():
     assert training.matmul / call.matmul == pytest.approx(2 * (1 + 1 + 2) + (1 + 1 + 1) + 1, rel=0.03)
 
 
+def test_consistency_takes_three_calls_more_than_the_trajectory_loss():
+    """The guided teacher's two and the student's at the stepped latents; counted over the real loss and networks."""
+    preset = tiny()
+    student = Student({"transformer": preset.denoiser.build()}, lora_rank=None, gradient_checkpointing=True)
+    call, sigmas, trained = preset.call(), torch.linspace(1, 0, 3), list(student.parameters())
+    states = meta(3, *preset.state_shape)
+    batch = TrajectoryBatch(states, (call, call), ("transformer",) * 2, ("",), (0,))
+    teacher = GuidedTeacher(student, sigmas, Guidance({"transformer": 5.0}, call, tuple(call.tensors)))
+    levels = [torch.full((1,), level, device="meta") for level in (0.8, 0.7)]
+
+    def velocity(latents: Tensor, _: Tensor) -> Tensor:
+        return student.velocity("transformer", call, latents)
+
+    def guided(latents: Tensor, _: Tensor) -> Tensor:
+        with patch("accvideo.training.guidance.at_level", lambda call, *_: call):  # meta tensors have no timestep
+            return teacher.field(batch, 0)(latents, levels[0])
+
+    def consistency() -> None:
+        points = states[:, -1], states[:, 0], *levels
+        consistency_loss(velocity, guided, *points, end=0.5).mean().backward(inputs=trained)
+
+    def trajectory() -> None:
+        paired_loss(student, batch, sigmas, Step(0, 1)).mean().backward(inputs=trained)
+
+    more = measure(consistency).plus(measure(trajectory), -1)
+    once = whole(preset, lambda *depths: call_cost(preset, *depths))
+    assert (more.matmul, more.attention) == (3 * once.matmul, 3 * once.attention)
+    assert consistency_calls(preset) == 3
+    assert consistency_calls(replace(preset, guidance="embedded")) == 2
+
+
 @pytest.mark.parametrize(("length", "expected"), [(24, 24), (32, 32 + 8), (68, 32 + 32 + 20), (90, 32 * 3 + 18)])
 def test_tiles_cover_a_length_with_their_overlaps(length: int, expected: int):
     assert covered(length, tile=32, stride=24) == expected
@@ -208,6 +245,8 @@ def test_plan_is_one_json_object_that_adds_up(capsys: pytest.CaptureFixture[str]
     assert "Lightricks/LTX-Video" in output.err
     teacher = result["seconds_per_video"]["teacher"]
     assert result["hours"]["recording"] == pytest.approx(1000 * (teacher["encoding"] + teacher["denoising"]) / 2 / 3600)
+    more = 38_400 * 3 * teacher["denoising"] / 100 / 2 / 3600
+    assert result["hours"]["distilling_lora_consistency"] == pytest.approx(result["hours"]["distilling_lora"] + more)
     assert result["bytes"]["trajectories"] == 1000 * result["bytes"]["trajectory"]
     assert result["speedup"]["denoising"] == 100 / 5
     assert 1 < result["speedup"]["end_to_end"] < result["speedup"]["denoising"]

@@ -243,6 +243,14 @@ def training_cost(preset: Preset, *depths: int) -> Cost:
     return measure(paired, features, rollout, judge, known=[*trained, *teacher, *heads, states, *call.tensors.values()])
 
 
+def consistency_calls(preset: Preset) -> int:
+    """Calls without gradients that a sample takes more with the consistency loss: the guided teacher and the student.
+
+    Their memory stays below that of the calls with gradients.
+    """
+    return preset.calls_per_step + 1
+
+
 def text_cost(preset: Preset) -> Cost:
     """The cost of all encoders: two operations for each weight and token, the guidance's prompt included."""
     prompts = 1 if preset.guidance == "embedded" else 2
@@ -356,10 +364,15 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     student = video_seconds(preset, costs, gpu, preset.num_student_steps)
     # Two of its passes go back through the student, and need no gradients of the frozen weights.
     lora_training = replace(training, matmul=training.matmul - 2 * costs.call.matmul)
+    distilling = {
+        name: num_samples * denoiser_seconds(cost, gpu)
+        for name, cost in (("distilling_full", training), ("distilling_lora", lora_training))
+    }
+    consistency = num_samples * consistency_calls(preset) * denoiser_seconds(costs.call, gpu)
     gpu_seconds = {
         "recording": num_trajectories * (teacher.encoding + teacher.denoising),
-        "distilling_full": num_samples * denoiser_seconds(training, gpu),
-        "distilling_lora": num_samples * denoiser_seconds(lora_training, gpu),
+        **distilling,
+        **{f"{name}_consistency": seconds + consistency for name, seconds in distilling.items()},
     }
     loaded = 2.0 * (sizes.denoiser + sizes.encoders + sizes.vae)
     doubled = 2 if preset.guidance == "doubled batch" else 1
@@ -386,6 +399,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
             "denoiser_call_matmul": costs.call.matmul,
             "denoiser_call_attention": costs.call.attention,
             "training_sample": training.flops,
+            "training_sample_consistency": training.flops + consistency_calls(preset) * costs.call.flops,
             "decoding": costs.decode.flops,
         },
         "bytes": {
@@ -446,11 +460,12 @@ def show(console: Console, result: dict[str, Any]) -> None:
     console.print(peaks)
 
     work = Table(f"on {of['num_gpus']} x {of['gpu']}")
-    for name in ("hours", "disk"):
+    for name in ("hours", "consistency", "disk"):
         work.add_column(name, justify="right")
     disk = f"{memory['trajectories'] / 1e12:,.2f} TB ({memory['trajectory'] / 1e6:,.0f} MB each)"
-    work.add_row(f"recording {of['num_trajectories']:,} trajectories", f"{hours['recording']:,.1f}", disk)
-    work.add_row(f"distilling {of['num_samples']:,} samples, full", f"{hours['distilling_full']:,.1f}", "")
-    work.add_row("the same, LoRA", f"{hours['distilling_lora']:,.1f}", "")
+    work.add_row(f"recording {of['num_trajectories']:,} trajectories", f"{hours['recording']:,.1f}", "", disk)
+    samples = f"distilling {of['num_samples']:,} samples"
+    for kind, name in ((f"{samples}, full", "distilling_full"), ("the same, LoRA", "distilling_lora")):
+        work.add_row(kind, f"{hours[name]:,.1f}", f"{hours[f'{name}_consistency']:,.1f}", "")
     console.print(work)
     console.print("Estimates, not measurements; docs/plan.md says how far off they are.", style="dim")
