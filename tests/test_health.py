@@ -142,6 +142,15 @@ def test_an_alarm_rings_beyond_its_limit_only_and_once(name: str):
     assert f"{alarm['measured']:.3g}" in alarm["message"] and f"{alarm['threshold']:.4g}" in alarm["message"]
 
 
+def test_a_student_that_starts_as_its_teacher_is_told_when_it_becomes_worse():
+    """As many steps as the teacher takes, nothing to learn: all errors are 0 before the first update."""
+    same, worse = (validation(i, loss=error, error=error) for i, error in ((9, 0.0), (19, 2e-6)))
+    lines = [start(loss=0.0, error=0.0), *steps(2, trajectory_loss=0.0, **PULL), same]
+    assert rung(lines, 2) == {}
+    lines += [worse, worse | {"iteration": 29}]
+    assert rung(lines, 2) == {"worse_than_start": 29, "held_out_rises": 29}
+
+
 def test_without_held_out_trajectories_a_student_gone_astray_at_once_is_seen_too():
     """Only the first key point is visited before the first update."""
     losses = [1.0, 50.0, 60.0, 55.0]

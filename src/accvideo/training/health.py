@@ -36,6 +36,10 @@ MAX_MOTION = 1.6
 MAX_DIVERSITY = 1.25
 """Mean distance between two samples over the teacher's, and its inverse."""
 
+ROUNDING = 1e-6
+"""Trajectory losses and latent errors are compared with no smaller one. Where the teacher takes as few steps as the
+student, and no guidance is to be learnt, there is nothing to begin with."""
+
 CHANCE_LOSSES = {"nonsaturating": 2 * math.log(2), "saturating": 2 * math.log(2), "hinge": 2.0}
 """Loss of heads that cannot tell, by the name of the adversarial loss."""
 
@@ -199,7 +203,7 @@ class Watch:
         keypoint, loss = line["keypoint"], line["trajectory_loss"]
         if not self.start:  # nothing held out: the first visit, but key point 0 alone is visited before any update
             self.first_losses.setdefault(keypoint, min(loss, self.first_losses.get(0, math.inf)))
-        self.losses.append(loss / self.first_losses[keypoint])
+        self.losses.append(loss / max(self.first_losses[keypoint], ROUNDING))
         ratio = fmean(self.losses)
         if len(self.losses) == self.losses.maxlen and ratio > MAX_LOSS_RATIO:
             meaning = "The trajectory loss over that before the training, mean of a sweep,"
@@ -239,14 +243,14 @@ class Watch:
 
     def validation(self, line: Mapping[str, Any]) -> Iterable[Alarm]:
         """Rings when held-out trajectories are followed worse than before."""
-        ratio = line["latent_error"] / self.start.get("latent_error", math.inf)
+        ratio = line["latent_error"] / max(self.start.get("latent_error", math.inf), ROUNDING)
         self.num_worse = self.num_worse + 1 if ratio > MAX_RISE else 0
         if self.num_worse == 2:
             meaning = "The distance to the teacher's held-out latents over that before the training, twice in a row,"
             advice = "What the training started from does better: lower --learning-rate or --adversarial-weight."
             yield Alarm("worse_than_start", ratio, MAX_RISE, meaning, advice)
         loss = fmean(line["validation_loss"])
-        ratio = loss / min(loss, self.lowest_validation)
+        ratio = loss / max(min(loss, self.lowest_validation), ROUNDING)
         self.lowest_validation = min(loss, self.lowest_validation)
         self.num_risen = self.num_risen + 1 if ratio > MAX_RISE else 0
         if self.num_risen == 2:
