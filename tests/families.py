@@ -3,13 +3,17 @@
 Text encoders and tokenizers are made on the spot. A clip has 16x16 or 32x32 pixels and 5 to 9 frames.
 """
 
-from collections.abc import Callable
+import importlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from diffusers import (
     AnyFlowPipeline,
@@ -88,6 +92,7 @@ from transformers import (
     T5Gemma2EncoderConfig,
 )
 
+from accvideo.recording.config import RecordConfig
 from tests.tiny import (
     BLOCK_WIDTHS,
     HUNYUAN_SIZES,
@@ -138,6 +143,44 @@ class Family:
     """Whether diffusers gives the denoiser adapters."""
     num_guided_calls: int = 2
     """Denoiser calls a step with that guidance; 1 where it is embedded."""
+
+
+NUM_STEPS = 2
+PROMPTS = ("a red square", "two dots")
+
+
+@contextmanager
+def installed(family: Family) -> Iterator[Family]:
+    """A context in which a family's stand-ins and lengths hold."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in family.constants.items():
+            setting = property(lambda self, value=value: value, lambda self, _: None)
+            patch.setattr(family.pipeline_class, name, setting, raising=False)
+        for path, value in family.stand_ins.items():
+            module, _, name = path.rpartition(".")
+            patch.setattr(importlib.import_module(module), name, value, raising=False)
+        yield family
+
+
+def write_teacher(family: Family, folder: Path) -> None:
+    """Writes the pipeline to `teacher`, and `prompts.jsonl` with the images and videos that it names."""
+    write_media(folder)
+    family.make().save_pretrained(folder / "teacher")
+    rows = [{"prompt": prompt, **family.media} for prompt in PROMPTS]
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def configuration(family: Family, folder: Path, out: str, guidance_scale: float, **guided: Any) -> RecordConfig:
+    """Of a recording of two prompts, each of the teacher's two steps kept."""
+    return RecordConfig(
+        teacher=str(folder / "teacher"),
+        prompts=folder / "prompts.jsonl",
+        out=folder / out,
+        num_steps=NUM_STEPS,
+        num_student_steps=NUM_STEPS,
+        guidance_scale=guidance_scale,
+        pipeline_arg=tuple(f"{name}={json.dumps(value)}" for name, value in {**family.arguments, **guided}.items()),
+    )
 
 
 def write_media(folder: Path) -> None:

@@ -40,6 +40,7 @@ from accvideo.training.distributed import (
 from accvideo.training.steps import Rollouts, accumulate, gradient, update
 from accvideo.trajectory import TrajectoryBatch
 from accvideo.types import UserError
+from tests.metrics import numbers_of
 from tests.ranks import run_ranks, start_ranks
 from tests.recorded import record_tiny
 from tests.tiny import TEXT_WIDTH, wan_transformer
@@ -201,19 +202,6 @@ def tiny_config(folder: TrajectoryFolder, out: Path, **settings: Any) -> Distill
         "device": "cpu",
     }
     return DistillConfig(data=Path(folder.path), out=out, **defaults | settings)
-
-
-def numbers_of(out: Path) -> list[tuple[str, float]]:
-    """All that a run wrote into its metrics, in order, but for the time it took."""
-
-    def flat(name: str, value: Any) -> list[tuple[str, float]]:
-        if isinstance(value, dict):
-            return [pair for key in sorted(value) for pair in flat(f"{name}.{key}", value[key])]
-        if isinstance(value, list):
-            return [pair for index, each in enumerate(value) for pair in flat(f"{name}.{index}", each)]
-        return [] if isinstance(value, str) or name.endswith("seconds") else [(name, float(value))]
-
-    return [pair for line in read_metrics(out / "metrics.jsonl") if "alarm" not in line for pair in flat("", line)]
 
 
 def weights_of(out: Path) -> dict[str, Tensor]:

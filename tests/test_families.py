@@ -1,6 +1,5 @@
 """Record, verify, replay, distill and generate with every kind of video pipeline, none of which the code knows."""
 
-import importlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -36,7 +35,6 @@ from accvideo.flow import euler_step, secant_velocity
 from accvideo.generate import load_model, sample_clips, with_arguments
 from accvideo.media import load_media
 from accvideo.record import record
-from accvideo.recording.config import RecordConfig
 from accvideo.student import Student, add_lora
 from accvideo.teacher import denoisers, fingerprint
 from accvideo.training.guidance import GuidedTeacher, find_practice
@@ -45,11 +43,15 @@ from accvideo.types import UserError
 from tests.families import (
     FAMILIES,
     IMAGE,
+    NUM_STEPS,
+    PROMPTS,
     SIZE,
     VIDEO,
     Family,
     anyflow,
+    configuration,
     framepack,
+    installed,
     ltx_image,
     skyreels_transformer,
     wan_parts,
@@ -57,24 +59,16 @@ from tests.families import (
     wan_vace,
     wan_video,
     write_media,
+    write_teacher,
 )
 from tests.tiny import TINY_CALL, TINY_HUNYUAN_CALL, quiet, t5_encoder, t5_tokenizer, wan_transformer
 
 ROOT = Path(__file__).parent.parent
-NUM_STEPS = 2
-PROMPTS = ("a red square", "two dots")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> Iterator[Family]:
-    family = FAMILIES[request.param]
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in family.constants.items():
-            setting = property(lambda self, value=value: value, lambda self, _: None)
-            patch.setattr(family.pipeline_class, name, setting, raising=False)
-        for path, value in family.stand_ins.items():
-            module, _, name = path.rpartition(".")
-            patch.setattr(importlib.import_module(module), name, value, raising=False)
+    with installed(FAMILIES[request.param]) as family:
         yield family
 
 
@@ -82,28 +76,13 @@ def family(request: pytest.FixtureRequest) -> Iterator[Family]:
 def folder(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The pipeline, a file of prompts with images or videos, and a data set recorded with guidance."""
     folder = tmp_path_factory.mktemp("family")
-    write_media(folder)
+    write_teacher(family, folder)
     pipeline = family.make()
-    pipeline.save_pretrained(folder / "teacher")
-    rows = [{"prompt": prompt, **family.media} for prompt in PROMPTS]
-    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "load_pipeline", lambda *_: pipeline)
         record(configuration(family, folder, "plain", 1.0))
         record(configuration(family, folder, "guided", family.guidance_scale, **family.guided))
     return folder
-
-
-def configuration(family: Family, folder: Path, out: str, guidance_scale: float, **guided: Any) -> RecordConfig:
-    return RecordConfig(
-        teacher=str(folder / "teacher"),
-        prompts=folder / "prompts.jsonl",
-        out=folder / out,
-        num_steps=NUM_STEPS,
-        num_student_steps=NUM_STEPS,
-        guidance_scale=guidance_scale,
-        pipeline_arg=tuple(f"{name}={json.dumps(value)}" for name, value in {**family.arguments, **guided}.items()),
-    )
 
 
 @torch.no_grad()
