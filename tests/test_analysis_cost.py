@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from accvideo.analysis.cost import (
     work_left,
     write_beginning,
 )
+from accvideo.analysis.figure import whisker_ticks
 from accvideo.data.dataset import TrajectoryFolder
 from accvideo.data.manifest import read_manifest
 from accvideo.data.verify import problems
@@ -188,3 +190,11 @@ def test_recipes_are_recorded_distilled_and_compared(
     ElementTree.parse(config.out / "cost.svg")
     again = cost(config)
     assert again["recipes"] == results["recipes"] == json.loads((config.out / "cost.json").read_text())["recipes"]
+
+
+def test_whiskers_end_between_the_first_and_the_last_tick():
+    """Of two values the deviation reaches beyond both."""
+    series = [[1.0, 3.0], [5.0, 5.0, 8.0], [4.0]]
+    ticks = whisker_ticks(series)
+    assert ticks[0] <= 2 - math.sqrt(2) and 6 + math.sqrt(3) <= ticks[-1]
+    assert len(whisker_ticks([[4.0]])) > 1

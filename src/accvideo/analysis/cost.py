@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from accvideo.analysis.comparison import JUDGED, PAIRED
-from accvideo.analysis.figure import Panel, color, figure, markdown_table, whisker
+from accvideo.analysis.figure import Panel, color, figure, markdown_table, whisker, whisker_ticks
 from accvideo.analysis.folder import open_analysis, origin, settings_of, write_results
 from accvideo.analysis.students import Evaluation, distill_all, evaluate_kinds, metric_cell, metric_title, scaled
 from accvideo.command import choose_device
@@ -26,7 +26,7 @@ from accvideo.playground.world import sample_prompts
 from accvideo.record import record
 from accvideo.recording.config import RecordConfig
 from accvideo.recording.solvers import Solver
-from accvideo.reporting.charts import Plot, log_ticks, nice_ticks
+from accvideo.reporting.charts import Plot, log_ticks
 from accvideo.reporting.wording import METRICS
 from accvideo.training.recipe import DistillConfig, paper
 from accvideo.trajectory import trajectory_name
@@ -409,8 +409,7 @@ def cost_figure(recipes: Sequence[Mapping[str, Any]]) -> str:
     ends = (min(row["evaluations"] for row in recipes) / 1.3, max(row["evaluations"] for row in recipes) * 1.3)
     for name in SCORES:
         values = [scaled(name, row["metrics"][name]) for row in recipes]
-        low, high = min(map(min, values)), max(map(max, values))
-        ticks = nice_ticks(low, high if high > low else low + 1)
+        ticks = whisker_ticks(values)
         plot = Plot(ends, (ticks[0], ticks[-1]), x_log=True)
         marks = "".join(
             whisker(plot, row["evaluations"], each, color(number))

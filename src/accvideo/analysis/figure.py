@@ -1,11 +1,11 @@
 """Figures of several charts as one SVG file that is readable on a dark and on a light page."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from accvideo.reporting.charts import Plot
+from accvideo.reporting.charts import Plot, nice_ticks
 
 WIDTH, CHART_HEIGHT, HEAD, KEY_HEIGHT, GAP = 440, 272, 40, 18, 24
 
@@ -111,6 +111,13 @@ def whisker(plot: Plot, x: float, values: Sequence[float], tint: str, shift: flo
         f'<line x1="{place:.1f}" x2="{place:.1f}" y1="{bottom:.1f}" y2="{top:.1f}" stroke="{tint}" stroke-width="2"/>'
         f'<circle cx="{place:.1f}" cy="{plot.y(mean):.1f}" r="3.5" fill="{tint}"/>'
     )
+
+
+def whisker_ticks(series: Iterable[Sequence[float]]) -> list[float]:
+    """Ticks between whose ends the whiskers of all these values lie."""
+    spreads = [mean_and_spread(values) for values in series]
+    low, high = min(mean - spread for mean, spread in spreads), max(mean + spread for mean, spread in spreads)
+    return nice_ticks(low, high if high > low else low + 1)
 
 
 def spread_curves(plot: Plot, series: Mapping[str, Mapping[float, Sequence[float]]]) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from tyro.conf import Positional
 
-from accvideo.analysis.figure import Panel, color, dot, figure, markdown_table, polyline, spread_curves
+from accvideo.analysis.figure import Panel, color, dot, figure, markdown_table, polyline, spread_curves, whisker_ticks
 from accvideo.analysis.folder import open_analysis, origin, settings_of, write_results
 from accvideo.analysis.grids import Costs, best_grid, best_shift, grid_cost, secant_costs, start_costs
 from accvideo.analysis.students import StudentsConfig, distill_all, metric_table, rows_beside_teacher, scaled
@@ -20,7 +20,7 @@ from accvideo.command import choose_device
 from accvideo.data.dataset import TrajectoryFolder
 from accvideo.data.manifest import MANIFEST, Manifest
 from accvideo.flow import even_grid
-from accvideo.reporting.charts import Plot, log_ticks, nice_ticks
+from accvideo.reporting.charts import Plot, log_ticks
 from accvideo.reporting.wording import METRICS
 from accvideo.training.recipe import DistillConfig
 from accvideo.trajectory import Trajectory, write_trajectory, write_whole
@@ -297,8 +297,7 @@ def student_panel(students: Sequence[Mapping[str, Any]], name: str) -> Panel:
         for choice in CHOICES
     }
     numbers = sorted({row["num_student_steps"] for row in students})
-    values = [value for curve in curves.values() for each in curve.values() for value in each]
-    ticks = nice_ticks(min(values), max(values) if max(values) > min(values) else min(values) + 1)
+    ticks = whisker_ticks(each for curve in curves.values() for each in curve.values())
     plot = Plot((numbers[0] / 1.2, numbers[-1] * 1.2), (ticks[0], ticks[-1]), x_log=True)
     chart = plot.svg(spread_curves(plot, curves), "steps of the student (logarithmic)", ticks, numbers, title)
     return Panel(f"Students: {title.lower()}", unit, chart, [(choice, color(i)) for i, choice in enumerate(CHOICES)])

@@ -8,7 +8,16 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from accvideo.analysis.figure import Panel, color, figure, markdown_table, polyline, spread_curves, spread_text
+from accvideo.analysis.figure import (
+    Panel,
+    color,
+    figure,
+    markdown_table,
+    polyline,
+    spread_curves,
+    spread_text,
+    whisker_ticks,
+)
 from accvideo.analysis.folder import open_analysis, origin, settings_of, write_results
 from accvideo.analysis.students import (
     Evaluation,
@@ -27,7 +36,7 @@ from accvideo.data.manifest import read_manifest
 from accvideo.data.storage import open_storage
 from accvideo.evaluate import load_teacher, open_folder, teacher_rows
 from accvideo.inference.student_config import read_student_config
-from accvideo.reporting.charts import Plot, log_ticks, nice_ticks
+from accvideo.reporting.charts import Plot, log_ticks
 from accvideo.reporting.wording import METRICS
 from accvideo.training.recipe import DistillConfig
 from accvideo.training.steps import student_sweeps
@@ -211,11 +220,11 @@ def metric_panel(rows: Sequence[Mapping[str, Any]], name: str, baselines: Sequen
         for row in baselines
         if name in row["metrics"]
     }
-    values = [value for curve in curves.values() for each in curve.values() for value in each]
-    values += [value for each in level for value in each] + [value for _, each in others.values() for value in each]
-    plot, ticks = linear_plot(rows, values)
-    marks = spread_curves(plot, curves)
     numbers = sorted({row["num_student_steps"] for row in rows})
+    own = [each for curve in curves.values() for each in curve.values()]
+    ticks = whisker_ticks([*own, *level, *(each for _, each in others.values())])
+    plot = Plot((numbers[0] / 1.2, numbers[-1] * 1.2), (ticks[0], ticks[-1]), x_log=True)
+    marks = spread_curves(plot, curves)
     keys = list(tints.items())
     if level:
         height = sum(level[0]) / len(level[0])
@@ -253,22 +262,14 @@ def trade_panel(rows: Sequence[Mapping[str, Any]], name: str) -> Panel:
         ]
         for kind in (*KINDS, ALL_STEPS)
     }
-    values = [value for points in series.values() for _, each in points for value in each]
     seconds = [second for points in series.values() for second, _ in points]
     limits = (min(seconds) / 1.2, max(seconds) * 1.2)
-    ticks = nice_ticks(min(values), max(values) if max(values) > min(values) else min(values) + 1)
+    ticks = whisker_ticks(each for points in series.values() for _, each in points)
     plot = Plot(limits, (ticks[0], ticks[-1]), x_log=True)
     curves = {kind: {second: each for second, each in sorted(points)} for kind, points in series.items()}
     chart = plot.svg(spread_curves(plot, curves), "seconds (logarithmic)", ticks, log_ticks(*limits), title)
     keys = [(kind, color(number)) for number, kind in enumerate(series)]
     return Panel(f"{title} against seconds of denoising", unit, chart, keys)
-
-
-def linear_plot(rows: Sequence[Mapping[str, Any]], values: Sequence[float]) -> tuple[Plot, list[float]]:
-    """The area for values against the number of steps, which is logarithmic, and the ticks of the values."""
-    numbers = sorted({row["num_student_steps"] for row in rows})
-    ticks = nice_ticks(min(values), max(values) if max(values) > min(values) else min(values) + 1)
-    return Plot((numbers[0] / 1.2, numbers[-1] * 1.2), (ticks[0], ticks[-1]), x_log=True), ticks
 
 
 def letter(plot: Plot, x: float, y: float, text: str) -> str:
