@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from accvideo.cli import run
-from accvideo.recording.captions import CaptionConfig, caption_folder, count_frames, spread_frames
+from accvideo.recording.captions import CaptionConfig, Captioner, caption_folder, count_frames, spread_frames
 from accvideo.recording.prompts import PromptsConfig, prompts
 from accvideo.types import UserError
 from accvideo.video import write_video
-from tests.tiny_vlm import save_tiny_llava
+from tests.tiny_vlm import save_tiny_internvl, save_tiny_llava, save_tiny_qwen3_vl
 
 
 def clip(seed: int, num_frames: int = 9) -> torch.Tensor:
@@ -43,8 +43,11 @@ def test_frames_are_the_middles_of_equal_parts(tmp_path: Path):
     assert count_frames(tmp_path / "a.mp4") == 9
 
     def seen(num_frames: int) -> list[int]:
-        frames = spread_frames(tmp_path / "a.mp4", 9, num_frames)
-        return [round(frame.getpixel((40, 28))[0] / 20) for frame in frames]  # pyright: ignore
+        glimpse = spread_frames(tmp_path / "a.mp4", 9, num_frames)
+        assert (glimpse.total, glimpse.fps, glimpse.frames.shape[1:]) == (9, 8.0, (32, 48, 3))
+        shades = [round(value / 20) for value in glimpse.frames[:, 28, 40, 0]]
+        assert shades == glimpse.numbers
+        return shades
 
     assert seen(1) == [4] and seen(3) == [1, 4, 7] and seen(9) == list(range(9)) and seen(50) == list(range(9))
 
@@ -78,6 +81,44 @@ def test_a_folder_of_videos_becomes_prompts_and_a_second_run_captions_only_what_
     assert caption_folder(videos, settings, record, "cpu", skip_bad=False) == (captions, [])
     with pytest.raises(TypeError):
         caption_folder(videos, replace(settings, instruction="?"), record, "cpu", skip_bad=False)
+
+
+def shown(captioner: Captioner, path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the model reads when it captions four frames of a video."""
+    read, generate = [], captioner.model.generate
+    monkeypatch.setattr(
+        captioner.model, "generate", lambda **inputs: read.append(inputs["input_ids"][0]) or generate(**inputs)
+    )
+    caption = captioner(spread_frames(path, 9, 4))
+    monkeypatch.undo()
+    assert isinstance(caption, str)
+    return captioner.processor.decode(read[0])
+
+
+def test_a_model_that_knows_videos_sees_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("torchvision")
+    write_video(tmp_path / "a.mp4", clip(0), fps=8)
+    for save in (save_tiny_internvl, save_tiny_qwen3_vl):
+        save(tmp_path / save.__name__)
+    internvl = Captioner(CaptionConfig(str(tmp_path / "save_tiny_internvl"), "What?", 4, 8), "cpu")
+    text = shown(internvl, tmp_path / "a.mp4", monkeypatch)
+    # One tile of four tokens a frame; as images, each of 32 x 48 is cut into two and shown whole beside.
+    assert text.count("<image>") == 4 * 4 and "Frame4: " in text and "What?" in text
+    internvl.knows_videos = False
+    text = shown(internvl, tmp_path / "a.mp4", monkeypatch)
+    assert text.count("<image>") > 2 * 4 * 4 and "Frame" not in text
+
+    qwen = Captioner(CaptionConfig(str(tmp_path / "save_tiny_qwen3_vl"), "What?", 4, 8), "cpu")
+    text = shown(qwen, tmp_path / "a.mp4", monkeypatch)
+    # Frames 1, 3, 5 and 7, eight a second, two at a time.
+    assert "<0.2 seconds>" in text and "<0.8 seconds>" in text and "What?" in text
+
+
+def test_a_model_that_knows_images_only_sees_images(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_video(tmp_path / "a.mp4", clip(0), fps=8)
+    llava = Captioner(CaptionConfig(str(model), "What?", 4, 8), "cpu")
+    assert not llava.knows_videos
+    assert shown(llava, tmp_path / "a.mp4", monkeypatch).count("<image>") == 4 * (28 // 14) ** 2
 
 
 def test_a_video_that_cannot_be_read_is_found_before_the_model_is_loaded(videos: Path, model: Path, tmp_path: Path):

@@ -114,10 +114,12 @@ def clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
 
 
-def llama_tokenizer() -> LlamaTokenizerFast:
-    """One token a character."""
+def llama_tokenizer(**special: str) -> LlamaTokenizerFast:
+    """One token a character, and special ones by the names under which a processor asks for them."""
     vocab = {token: index for index, token in enumerate(["<unk>", "<s>", "</s>", "▁", *LETTERS])}
-    return LlamaTokenizerFast(vocab=vocab, merges=[], pad_token="</s>", model_max_length=512)
+    return LlamaTokenizerFast(
+        vocab=vocab, merges=[], pad_token="</s>", model_max_length=512, extra_special_tokens=special
+    )
 
 
 def flow_scheduler(name: str, shift: float = 5.0) -> Any:

@@ -1,14 +1,13 @@
 """Captions of videos by a vision-language model, as AccVideo's own prompts were (arXiv:2503.19462, section 4.1)."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 import torch
-from PIL import Image
 
 from accvideo.command import choose_device, progress_bar
 from accvideo.media import VIDEO_SUFFIXES
@@ -24,6 +23,20 @@ class CaptionConfig:
     instruction: str
     num_frames: int
     max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Glimpse:
+    """Some frames of a video."""
+
+    frames: np.ndarray
+    """RGB, uint8 (num_frames, height, width, 3)."""
+    numbers: list[int]
+    """Which frames of the video these are, from 0."""
+    total: int
+    """Frames of the whole video."""
+    fps: float | None
+    """Its frames a second; None: the file does not say."""
 
 
 def caption_folder(
@@ -69,13 +82,13 @@ def caption_folder(
             task = progress.add_task("caption", total=len(paths), completed=len(paths) - len(waiting))
             for path, total in waiting:
                 try:
-                    frames = spread_frames(path, total, config.num_frames)
+                    glimpse = spread_frames(path, total, config.num_frames)
                 except UserError as error:  # damaged further on
                     if not skip_bad:
                         raise
                     bad.append(str(error))
                     continue
-                caption = captioner(frames)
+                caption = captioner(glimpse)
                 known[json.dumps(keys[path])] = caption
                 file.write(json.dumps({"of": keys[path], "caption": caption}) + "\n")
                 file.flush()
@@ -105,7 +118,8 @@ def read_captions(record: Path) -> list[dict[str, Any]]:
 class Captioner:
     """A vision-language model with its processor.
 
-    Frames go in as so many images, in order: all models that know videos know images too.
+    Frames go in as one video, with their times, where the processor and the chat template know videos, else as so many
+    images, in order. An image costs far more tokens than a frame of a video in models that cut images into tiles.
 
     Args:
         config: the settings.
@@ -135,18 +149,32 @@ class Captioner:
             raise UserError(f"{config.model} has no chat template, so it takes no instruction; give another --model")
         self.model = model.to(device).eval()
         self.config = config
+        self.knows_videos = self.places_videos()
+
+    def places_videos(self) -> bool:
+        """Whether the processor takes videos and the chat template has a place for one."""
+        token = getattr(self.processor, "video_token", None)
+        if getattr(self.processor, "video_processor", None) is None or token is None:
+            return False
+        chat = [{"role": "user", "content": [{"type": "video"}]}]
+        return str(token) in self.processor.apply_chat_template(chat, tokenize=False)
 
     @torch.inference_mode()
-    def __call__(self, frames: Sequence[Image.Image]) -> str:
+    def __call__(self, glimpse: Glimpse) -> str:
         """The caption of a video by the likeliest words."""
-        content: list[dict[str, Any]] = [{"type": "image", "image": frame} for frame in frames]
-        content.append({"type": "text", "text": self.config.instruction})
+        content: list[dict[str, Any]] = [{"type": "image", "image": frame} for frame in glimpse.frames]
+        settings: dict[str, Any] = {}
+        if self.knows_videos:
+            content = [{"type": "video", "video": glimpse.frames}]
+            seen = {"total_num_frames": glimpse.total, "fps": glimpse.fps, "frames_indices": glimpse.numbers}
+            settings = {"do_sample_frames": False, "video_metadata": [seen]}
         inputs = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}],
+            [{"role": "user", "content": [*content, {"type": "text", "text": self.config.instruction}]}],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
+            processor_kwargs=settings,
         ).to(self.model.device, dtype=self.model.dtype)
         tokens = self.model.generate(**inputs, max_new_tokens=self.config.max_new_tokens, do_sample=False)
         return self.processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
@@ -167,8 +195,8 @@ def count_frames(path: Path) -> int:
         raise UserError(f"cannot read the video {path}: {str(error) or 'no frames'}") from error
 
 
-def spread_frames(path: Path, total: int, num_frames: int) -> list[Image.Image]:
-    """Frames of a video of `total` frames in RGB: the middles of `num_frames` parts of equal length; all, if so few.
+def spread_frames(path: Path, total: int, num_frames: int) -> Glimpse:
+    """Frames of a video of `total` frames: the middles of `num_frames` parts of equal length; all, if so few.
 
     Raises:
         UserError: it cannot be read.
@@ -176,10 +204,13 @@ def spread_frames(path: Path, total: int, num_frames: int) -> list[Image.Image]:
     wanted = sorted({int((i + 0.5) * total / num_frames) for i in range(num_frames)})
     try:
         with av.open(str(path)) as container:
-            container.streams.video[0].thread_type = "AUTO"
-            frames = [frame.to_image() for i, frame in enumerate(container.decode(video=0)) if i in wanted]
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            fps = None if stream.average_rate is None else float(stream.average_rate)
+            frames = enumerate(container.decode(stream))
+            found = {i: frame.to_ndarray(format="rgb24") for i, frame in frames if i in wanted}
     except (OSError, IndexError, av.FFmpegError) as error:
         raise UserError(f"cannot read the video {path}: {error}") from error
-    if not frames:
+    if not found:
         raise UserError(f"cannot read the video {path}: it has fewer frames than it says")
-    return frames
+    return Glimpse(np.stack(list(found.values())), list(found), total, fps)
