@@ -5,15 +5,14 @@ from pathlib import Path
 import pytest
 
 from accvideo.analysis.ablation import AblationConfig, plan_runs
+from accvideo.analysis.estimate import Speed, Work, duration
 from accvideo.analysis.everything import (
     PARTS,
     SHORT,
     AllConfig,
     Place,
     Sizes,
-    Work,
     baselines_part,
-    duration,
     fill,
     fill_page,
     section,
@@ -59,11 +58,12 @@ def test_every_part_is_a_command_that_takes_its_arguments(
 
 
 def test_work_adds_up():
-    assert Work(1, 2, 3) + Work(10).times(2) == Work(21, 2, 3)
+    assert Work(1, 2, 3, 4) + Work(10, 1).times(2) == Work(21, 4, 3, 4)
+    assert Speed(0.5, 0.25, 2).seconds(Work(4, 8, 1, 3)) == 2 + 2 + 2 + 3
     sizes = replace(Sizes(), num_steps=50, num_prompts=3)
     # At 5 steps: 10 guided, 5 without, 2 guided steps of 4 calls, 10 by UniPC; 1 step has no half.
-    assert teacher_work(sizes, [5]) == Work(3 * (100 + 10 + 5 + 4 + 10), 3 * 5)
-    assert teacher_work(sizes, [1]) == Work(3 * (100 + 2 + 1 + 0 + 2), 3 * 4)
+    assert teacher_work(sizes, [5]) == Work(sampled=3 * (100 + 10 + 5 + 4 + 10), clips=3 * 5)
+    assert teacher_work(sizes, [1]) == Work(sampled=3 * (100 + 2 + 1 + 0 + 2), clips=3 * 4)
 
 
 def test_the_work_of_ablations_is_that_of_their_plan(quick: None):
@@ -77,14 +77,16 @@ def test_the_work_of_ablations_is_that_of_their_plan(quick: None):
     others = teacher_work(sizes, [5])
     assert work.clips - others.clips == num_students * 10
     # Three evaluations a sample, six more in the adversarial iterations; five for a clip.
-    assert work.calls - others.calls == pytest.approx(num_students * (50 * 4 * (3 + 0.4 * 6) + 10 * 5))
+    assert work.trained == pytest.approx(num_students * 50 * 4 * (3 + 0.4 * 6))
+    assert work.sampled - others.sampled == num_students * 10 * 5
 
 
 def test_students_of_the_best_learning_rate_are_not_trained_twice():
     one, two = (
         baselines_part(Sizes(num_seeds=3, learning_rates=rates), PLACE).work for rates in ((1e-4,), (1e-4, 2e-4))
     )
-    assert two.calls - one.calls == 5 * (60_000 + 2 * 100 * 5)  # one more student a method, and both tried
+    # One more student a method, and both tried.
+    assert (two.trained - one.trained, two.sampled - one.sampled) == (5 * 60_000, 5 * 2 * 100 * 5)
 
 
 def test_a_page_is_filled_between_its_marks_and_again(tmp_path: Path):
@@ -146,7 +148,9 @@ def test_all_analyses_run_one_after_the_other_and_what_is_done_is_left_alone(
     config = AllConfig(out=tmp_path / "out", short=True, page=page, device="cpu")
     all_analyses(config)
     said = capsys.readouterr().err
-    assert "a denoiser call" in said and f"{len(PARTS)} of {len(PARTS)}: accvideo analyze {list(PARTS)[-1]}" in said
+    assert (
+        "a denoiser evaluation" in said and f"{len(PARTS)} of {len(PARTS)}: accvideo analyze {list(PARTS)[-1]}" in said
+    )
     text = (tmp_path / "out/results.md").read_text()
     assert all(f"`accvideo analyze {name} " in text and f"({name}/{name}.svg)" in text for name in PARTS)
     assert all((tmp_path / "out" / name / f"{name}.svg").exists() for name in PARTS)

@@ -3,14 +3,13 @@
 import math
 import shutil
 import statistics
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from accvideo.analysis.comparison import JUDGED, PAIRED
+from accvideo.analysis.estimate import CALLS, PLAYGROUND, Work, show_estimate
 from accvideo.analysis.figure import Panel, color, figure, markdown_table, whisker, whisker_ticks
 from accvideo.analysis.folder import open_analysis, origin, settings_of, write_results
 from accvideo.analysis.students import Evaluation, distill_all, evaluate_kinds, metric_cell, metric_title, scaled
@@ -18,11 +17,7 @@ from accvideo.command import choose_device
 from accvideo.data.dataset import TrajectoryFolder
 from accvideo.data.manifest import MANIFEST
 from accvideo.folder import whole_folder
-from accvideo.generate import sample_clips
-from accvideo.inference.model import load_model
-from accvideo.playground.judge import judge
 from accvideo.playground.prompts import PromptsConfig, prompts
-from accvideo.playground.world import sample_prompts
 from accvideo.record import record
 from accvideo.recording.config import RecordConfig
 from accvideo.recording.solvers import Solver
@@ -32,12 +27,7 @@ from accvideo.training.recipe import DistillConfig, paper
 from accvideo.trajectory import trajectory_name
 from accvideo.types import UserError
 
-TEACHER = "playground"
-
 STUDENT_STEPS = 5
-
-CALLS = 2
-"""Denoiser evaluations of a guided step."""
 
 PAPER_STEPS = 50
 """Of Euler's method, by which the paper records."""
@@ -101,7 +91,7 @@ class CostConfig:
         if not self.fractions or not all(1 <= each <= self.num_trajectories for each in self.fractions):
             raise UserError(f"fractions is {self.fractions}; give numbers from 1, what the records are divided by")
         RecordConfig(
-            teacher=TEACHER, prompts=Path(), out=Path(), num_steps=self.num_steps, num_student_steps=STUDENT_STEPS
+            teacher=PLAYGROUND, prompts=Path(), out=Path(), num_steps=self.num_steps, num_student_steps=STUDENT_STEPS
         )
 
 
@@ -150,8 +140,8 @@ def cost(config: CostConfig) -> dict[str, Any]:
     settings = settings_of(config, ("out", "device", "estimate"))
     recipes, device = plan_recipes(config), choose_device(config.device)
     left = work_left(config, recipes, config.out / "cache")
-    if any(left.values()):
-        seconds = show_estimate(left, device)
+    if any(work != Work() for work in left.values()):
+        seconds = show_estimate(left, config.batch_size, device)
         if config.estimate:
             return {"work": {name: asdict(each) for name, each in left.items()}, "seconds": seconds}
     cache = open_analysis(config.out, settings)
@@ -235,19 +225,6 @@ def training_evaluations(config: DistillConfig) -> int:
     return config.batch_size * (plain * PAIRED + judged * together + first_look)
 
 
-@dataclass(frozen=True)
-class Work:
-    """What is left of a stage."""
-
-    evaluations: int
-    """Of the denoiser."""
-    clips: int = 0
-    """To be decoded and judged."""
-
-    def __bool__(self) -> bool:
-        return bool(self.evaluations or self.clips)
-
-
 def work_left(config: CostConfig, recipes: Sequence[Recipe], cache: Path) -> dict[str, Work]:
     """By stage, what has not been done yet; an evaluation counts whole until it is done."""
     recordings = {recipe.recording for recipe in recipes}
@@ -262,35 +239,10 @@ def work_left(config: CostConfig, recipes: Sequence[Recipe], cache: Path) -> dic
     num_rows, calls = 5 + len(runs), teacher + CALLS * STUDENT_STEPS + len(runs) * STUDENT_STEPS
     clips = 0 if (config.out / "cost.json").exists() else config.num_prompts
     return {
-        "recording": Work(recorded),
-        "distilling": Work(trained),
-        "evaluating": Work(clips * calls, clips * num_rows),
+        "recording": Work(sampled=recorded),
+        "distilling": Work(trained=trained),
+        "evaluating": Work(sampled=clips * calls, clips=clips * num_rows),
     }
-
-
-def show_estimate(left: Mapping[str, Work], device: str) -> dict[str, float]:
-    """Say how long each stage will take on this machine, as it is loaded now; the seconds."""
-    call, clip = measure_speed(device)
-    seconds = {name: work.evaluations * call + work.clips * clip for name, work in left.items()}
-    print(
-        f"{1000 * call:.2f} ms an evaluation, {1000 * clip:.0f} ms a clip decoded and judged; about:", file=sys.stderr
-    )
-    for name, work in left.items():
-        print(f"  {name:10} {seconds[name] / 60:6.1f} min  {work.evaluations:,} evaluations", file=sys.stderr)
-    return seconds
-
-
-def measure_speed(device: str, batch_size: int = 16) -> tuple[float, float]:
-    """Seconds of a denoiser evaluation for one sample, and of decoding and judging a clip."""
-    model = load_model(TEACHER, device=device)
-    texts = sample_prompts(batch_size, 0, "train")
-    for num_steps in (1, 4):  # the first run allocates memory and chooses kernels
-        [clips] = sample_clips(model, texts, range(batch_size), num_steps=num_steps, batch_size=batch_size)
-        began = time.perf_counter()
-        judge(clips.frames, texts)
-        after = clips.seconds.decoding + time.perf_counter() - began
-        measured = clips.seconds.denoising / (num_steps * CALLS * batch_size), after / batch_size
-    return measured  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
 def largest(recordings: set[Recording]) -> list[Recording]:
@@ -313,7 +265,7 @@ def make_records(config: CostConfig, recordings: set[Recording], cache: Path, de
     for whole in largest(recordings):
         record(
             RecordConfig(
-                teacher=TEACHER,
+                teacher=PLAYGROUND,
                 prompts=file,
                 out=cache / whole.folder,
                 solver=whole.solver,

@@ -16,6 +16,7 @@ from accvideo.analysis.ablation import BEYOND, FIGURE_7, FRACTIONS
 from accvideo.analysis.comparison import JUDGED, METHODS, PAIRED
 from accvideo.analysis.cost import CostConfig, plan_recipes, work_left
 from accvideo.analysis.coverage import NUM_FOLLOWED_LEVELS
+from accvideo.analysis.estimate import CALLS, PLAYGROUND, Work, duration, show_estimate
 from accvideo.analysis.folder import open_analysis
 from accvideo.analysis.keypoints import CHOICES, write_part
 from accvideo.analysis.toy import estimate_seconds
@@ -25,20 +26,13 @@ from accvideo.command import choose_device
 from accvideo.data.dataset import TrajectoryFolder
 from accvideo.data.manifest import MANIFEST
 from accvideo.flow import even_grid
-from accvideo.generate import sample_clips
-from accvideo.inference.model import load_model
-from accvideo.playground.judge import judge
 from accvideo.playground.prompts import PromptsConfig, prompts
 from accvideo.playground.select import SelectConfig, select
-from accvideo.playground.world import sample_prompts
 from accvideo.record import record
 from accvideo.recording.config import RecordConfig
 from accvideo.teacher import PLAYGROUND_TEACHER, teacher_path
 from accvideo.trajectory import write_whole
 from accvideo.types import UserError
-
-CALLS = 2
-"""Denoiser calls of a guided step."""
 
 STUDENT_STEPS = 5
 """Of the students that ablation and baselines compare."""
@@ -134,25 +128,6 @@ SHORT = Sizes(
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a part computes, by which its time is estimated."""
-
-    calls: float = 0.0
-    """Denoiser evaluations for one sample."""
-    clips: float = 0.0
-    """Decoded and judged."""
-    seconds: float = 0.0
-    """Of anything else."""
-
-    def __add__(self, other: "Work") -> "Work":
-        return Work(self.calls + other.calls, self.clips + other.clips, self.seconds + other.seconds)
-
-    def times(self, number: float) -> "Work":
-        """The same so many times."""
-        return Work(number * self.calls, number * self.clips, number * self.seconds)
-
-
-@dataclass(frozen=True)
 class Place:
     """Where the parts read and write."""
 
@@ -182,7 +157,7 @@ def teacher_work(sizes: Sizes, numbers: Sequence[int]) -> Work:
     """The teacher's rows of an evaluation: all steps; at each number, guided, with equal calls (two ways) and UniPC."""
     few = [CALLS * number + number + CALLS * (number // 2) + CALLS * number for number in numbers]
     rows = 1 + sum(4 if number > 1 else 3 for number in numbers)
-    return Work(CALLS * sizes.num_steps + sum(few), rows).times(sizes.num_prompts)
+    return Work(sampled=CALLS * sizes.num_steps + sum(few), clips=rows).times(sizes.num_prompts)
 
 
 def toy_part(sizes: Sizes, place: Place) -> Part:
@@ -205,16 +180,15 @@ def coverage_part(sizes: Sizes, place: Place) -> Part:
     followed = sizes.num_followed * len(sizes.stretches) * NUM_FOLLOWED_LEVELS
     arguments = words(place.data, "--stretches", sizes.stretches, "--num-followed", sizes.num_followed)
     # From levels spaced evenly the teacher has half of its steps to go.
-    return Part(
-        [*arguments, *words("--batch-size", sizes.batch_size)], Work(CALLS * sizes.num_steps / 2 * followed, followed)
-    )
+    work = Work(sampled=CALLS * sizes.num_steps / 2 * followed, clips=followed)
+    return Part([*arguments, *words("--batch-size", sizes.batch_size)], work)
 
 
 def keypoints_part(sizes: Sizes, place: Place) -> Part:
     """Key points: choosing them, and students of all choices."""
     num_students = len(CHOICES) * sizes.num_seeds
     arguments = words(place.data, "--num-student-steps", sizes.num_student_steps, "--distill", sizes.chosen)
-    work = Work(CALLS * sizes.num_steps, 1).times(sizes.num_prompts)
+    work = Work(sampled=CALLS * sizes.num_steps, clips=1).times(sizes.num_prompts)
     work += Work(seconds=sizes.num_trajectories * sizes.num_steps**2 * 4e-5)
     for number in sizes.chosen:
         work += student_work(sizes, number).times(num_students)
@@ -234,8 +208,9 @@ def ablation_part(sizes: Sizes, place: Place) -> Part:
 def baselines_part(sizes: Sizes, place: Place) -> Part:
     """Other methods; what was tried with the best learning rate is used again."""
     num_tried = len(sizes.learning_rates) if len(sizes.learning_rates) > 1 else 0
-    trained = Work(sizes.training_budget).times(max(num_tried, 1) + sizes.num_seeds - 1)
-    tested = Work(STUDENT_STEPS, 1).times(sizes.num_seeds * sizes.num_prompts + num_tried * sizes.num_trial_prompts)
+    trained = Work(trained=sizes.training_budget).times(max(num_tried, 1) + sizes.num_seeds - 1)
+    num_clips = sizes.num_seeds * sizes.num_prompts + num_tried * sizes.num_trial_prompts
+    tested = Work(sampled=STUDENT_STEPS, clips=1).times(num_clips)
     arguments = words(
         place.cut,
         "--budget", sizes.recording + sizes.training_budget,
@@ -254,8 +229,8 @@ def steps_part(sizes: Sizes, place: Place) -> Part:
     numbers = sizes.num_student_steps
     # One for each number, and two kinds of one for all with as many iterations as these together.
     iterations = 3 * len(numbers) * sizes.num_iterations
-    trained = Work(iterations * sizes.batch_size * (PAIRED + ADVERSARIAL * JUDGED))
-    tested = Work(3 * sum(numbers), 3 * len(numbers)).times(sizes.num_prompts)
+    trained = Work(trained=iterations * sizes.batch_size * (PAIRED + ADVERSARIAL * JUDGED))
+    tested = Work(sampled=3 * sum(numbers), clips=3 * len(numbers)).times(sizes.num_prompts)
     arguments = words(place.data, "--num-student-steps", numbers, *student_arguments(sizes))
     found = place.out / "baselines" / "baselines.json"
     return Part(
@@ -268,14 +243,14 @@ def errors_part(sizes: Sizes, place: Place) -> Part:
     """In which of its steps the student that ships goes wrong."""
     num_trajectories = sizes.num_trajectories // 2
     arguments = words(place.cut, "--students", "playground-student", "--num-trajectories", num_trajectories)
-    work = Work(STUDENT_STEPS * (STUDENT_STEPS + 1) / 2, STUDENT_STEPS + 1).times(num_trajectories)
+    work = Work(sampled=STUDENT_STEPS * (STUDENT_STEPS + 1) / 2, clips=STUDENT_STEPS + 1).times(num_trajectories)
     return Part([*arguments, *words("--batch-size", sizes.batch_size)], work)
 
 
 def student_work(sizes: Sizes, num_student_steps: int) -> Work:
     """Distilling and evaluating a student by the preset `playground`."""
-    evaluations = sizes.num_iterations * sizes.batch_size * (PAIRED + ADVERSARIAL * JUDGED)
-    return Work(evaluations + sizes.num_prompts * num_student_steps, sizes.num_prompts)
+    trained = sizes.num_iterations * sizes.batch_size * (PAIRED + ADVERSARIAL * JUDGED)
+    return Work(sizes.num_prompts * num_student_steps, trained, sizes.num_prompts)
 
 
 def student_arguments(sizes: Sizes) -> list[str]:
@@ -293,7 +268,7 @@ def solvers_part(sizes: Sizes, place: Place) -> Part:
         "--reference-steps", sizes.reference_steps,
         "--num-prompts", sizes.solver_prompts,
     )  # fmt: skip
-    return Part(arguments, Work(CALLS * steps).times(sizes.solver_prompts))
+    return Part(arguments, Work(sampled=CALLS * steps).times(sizes.solver_prompts))
 
 
 def cost_part(sizes: Sizes, place: Place) -> Part:
@@ -309,14 +284,12 @@ def cost_part(sizes: Sizes, place: Place) -> Part:
         num_seeds=sizes.num_seeds,
         num_prompts=sizes.num_prompts,
     )
-    left = work_left(config, plan_recipes(config), config.out / "cache").values()
+    left = work_left(config, plan_recipes(config), config.out / "cache")
     names = ("num_trajectories", "num_iterations", "paper_iterations", "paper_batch_size")
     names += ("batch_size", "num_seeds", "num_prompts")
     arguments = words(*((f"--{name.replace('_', '-')}", getattr(config, name)) for name in names))
-    return Part(arguments, Work(sum(each.evaluations for each in left), sum(each.clips for each in left)))
+    return Part(arguments, sum(left.values(), Work()))
 
-
-PLAYGROUND = "playground"
 
 PARTS: dict[str, Callable[[Sizes, Place], Part]] = {
     "toy": toy_part,
@@ -351,10 +324,13 @@ def all(config: AllConfig) -> dict[str, Any]:  # noqa: A001 - named as the comma
     parts = {name: make(sizes, place) for name, make in PARTS.items() if f"analyze {name}" in COMMANDS}
     missing = [name for name in parts if not is_done(config.out, name)]
     if missing:
-        show_estimate(config, sizes, {name: parts[name].work for name in missing}, device)
+        works = {name: parts[name].work for name in missing}
+        if config.data is None and not (place.cut / MANIFEST).exists():
+            works = {"recording": Work(sampled=sizes.recording), **works}
+        show_estimate(works, sizes.batch_size, device)
         prepare_data(config, sizes, place, device)
     for number, name in enumerate(missing, 1):
-        say(f"{number} of {len(missing)}: accvideo analyze {name}")
+        print(f"{number} of {len(missing)}: accvideo analyze {name}", file=sys.stderr, flush=True)
         options = [] if name == "toy" else ["--device", device]  # the 1-D study runs on the CPU
         with timed(cache / f"{name}.json"):
             execute(f"analyze {name}", [*parts[name].arguments, "--out", str(config.out / name), *options])
@@ -364,11 +340,6 @@ def all(config: AllConfig) -> dict[str, Any]:  # noqa: A001 - named as the comma
     if config.page is not None:
         fill_page(config.page, sections, config.out)
     return {"page": str(page), "folder": str(config.out), "parts": ", ".join(parts)}
-
-
-def say(text: str) -> None:
-    """A line for the reader."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def is_done(out: Path, name: str) -> bool:
@@ -417,40 +388,6 @@ def prepare_data(config: AllConfig, sizes: Sizes, place: Place, device: str) -> 
         write_part(TrajectoryFolder(place.data), even_grid(sizes.num_steps, STUDENT_STEPS), place.cut)
     if not (place.right.exists() or sizes.figure_7):
         select(SelectConfig(data=str(place.cut), out=place.right, device=device))
-
-
-# Time
-
-
-def show_estimate(config: AllConfig, sizes: Sizes, works: Mapping[str, Work], device: str) -> None:
-    """Say how long each part will take on this machine, as it is loaded now."""
-    if config.data is None and not (config.out / "data-5" / MANIFEST).exists():
-        works = {"recording": Work(sizes.recording), **works}
-    call, clip = measure_speed(sizes.batch_size, device)
-    seconds = {name: call * work.calls + clip * work.clips + work.seconds for name, work in works.items()}
-    say(f"At {1000 * call:.1f} ms a denoiser call and {1000 * clip:.0f} ms a clip decoded and judged, about:")
-    for name, value in [*seconds.items(), ("all", sum(seconds.values()))]:
-        say(f"  {name:10} {duration(value)}")
-
-
-def duration(seconds: float) -> str:
-    """A time in the unit that suits it."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def measure_speed(batch_size: int, device: str) -> tuple[float, float]:
-    """Seconds of a denoiser call for one sample, and of decoding and judging a clip."""
-    model = load_model(PLAYGROUND, device=device)
-    texts = sample_prompts(batch_size, 0, "train")
-    for _ in range(2):  # the first run allocates memory and chooses kernels
-        [clips] = sample_clips(model, texts, range(batch_size), num_steps=3, batch_size=batch_size)
-    began = time.perf_counter()
-    judge(clips.frames, texts)  # pyright: ignore[reportPossiblyUnboundVariable]
-    judging = time.perf_counter() - began
-    seconds = clips.seconds  # pyright: ignore[reportPossiblyUnboundVariable]
-    return seconds.denoising / (3 * CALLS * batch_size), (seconds.decoding + judging) / batch_size
 
 
 @contextmanager
