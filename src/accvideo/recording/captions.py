@@ -207,10 +207,10 @@ def spread_frames(path: Path, total: int, num_frames: int) -> Glimpse:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             fps = None if stream.average_rate is None else float(stream.average_rate)
-            frames = enumerate(container.decode(stream))
-            found = {i: frame.to_ndarray(format="rgb24") for i, frame in frames if i in wanted}
-    except (OSError, IndexError, av.FFmpegError) as error:
+            decoded = enumerate(container.decode(stream))
+            found = {i: frame.to_ndarray(format="rgb24") for i, frame in decoded if i in wanted}
+        if not found:
+            raise UserError(f"cannot read the video {path}: it has fewer frames than it says")
+        return Glimpse(np.stack(list(found.values())), list(found), total, fps)
+    except (OSError, IndexError, ValueError, av.FFmpegError) as error:  # or frames of several sizes
         raise UserError(f"cannot read the video {path}: {error}") from error
-    if not found:
-        raise UserError(f"cannot read the video {path}: it has fewer frames than it says")
-    return Glimpse(np.stack(list(found.values())), list(found), total, fps)
