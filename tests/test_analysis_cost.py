@@ -12,6 +12,7 @@ from diffusers import WanTransformer3DModel
 from accvideo.analysis.cost import (
     CALLS,
     PAPER,
+    VARIANTS,
     CostConfig,
     Recording,
     cheapest,
@@ -20,6 +21,7 @@ from accvideo.analysis.cost import (
     iterations_of,
     largest,
     plan_recipes,
+    plan_variants,
     training_evaluations,
     work_left,
     write_beginning,
@@ -51,6 +53,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"adversarial_start": 6},
         {"adversarial_start": 3, "update": "shared"},
         {"adversarial_start": 99},
+        {"adversarial_start": 6, "head_updates": 3},
+        {"adversarial_start": 6, "num_validation": 2, "validate_every": 5},
     ],
 )
 def test_forward_passes_are_those_that_are_counted(data: Path, tmp_path: Path, change: dict[str, Any]):
@@ -58,9 +62,8 @@ def test_forward_passes_are_those_that_are_counted(data: Path, tmp_path: Path, c
 
     One more at the start shows how wide the features are.
     """
-    config = DistillConfig(
-        data=str(data), out=tmp_path / "out", num_iterations=13, batch_size=2, num_validation=0, track="none", **change
-    )
+    options = {"num_validation": 0, "track": "none", **change}
+    config = DistillConfig(data=str(data), out=tmp_path / "out", num_iterations=13, batch_size=2, **options)
     plain, judged = iterations_of(config)
     seen = 0
 
@@ -76,7 +79,9 @@ def test_forward_passes_are_those_that_are_counted(data: Path, tmp_path: Path, c
         hook.remove()
     together = 3 if config.update == "shared" else 4
     first_look = 5 if config.adversarial_weight else 0
-    assert seen == plain + judged * together + first_look and plain + judged == 13
+    # Before the first iteration, after 5, 10 and 13: each step from the record, and in the student's own way.
+    validations = 4 * 10 if config.num_validation else 0
+    assert seen == plain + judged * together + first_look + validations and plain + judged == 13
     # A paired step has a backward pass, 2; a judged one another and that through the features to their input, 1.
     backward = 2 * (plain + judged) + (1 if config.update == "shared" else 3) * judged
     assert training_evaluations(config) == 2 * (seen + backward)
@@ -98,8 +103,19 @@ def test_recipes_differ_in_records_and_training():
     assert largest(found) == [Recording("adams2", 20, 960), Recording("euler", 50, 960)]
 
 
+def test_variants_are_one_change_each_where_records_are_fewest():
+    config = CostConfig(out=Path("out"), num_trajectories=960, fractions=(1, 8, 4))
+    recipes = plan_recipes(config)
+    variants = plan_variants(config, recipes)
+    assert {each.recording for each in variants} == {Recording("adams2", 20, 120)}
+    for variant, change in zip(variants, VARIANTS.values(), strict=True):
+        assert variant.training == replace(recipes[-1].training, **change) != recipes[-1].training
+    assert len({run.out for each in recipes + variants for run in each.runs(Path("cache"), 3)}) == 3 * 10
+    assert plan_variants(replace(config, variants=False), recipes) == []
+
+
 def test_what_is_left_shrinks_with_what_is_there(tmp_path: Path):
-    config = CostConfig(out=tmp_path, num_trajectories=8, fractions=(1, 2), num_seeds=1, num_prompts=4)
+    config = CostConfig(out=tmp_path, num_trajectories=8, fractions=(1, 2), num_seeds=1, num_prompts=4, variants=False)
     recipes, cache = plan_recipes(config), tmp_path / "cache"
     before = work_left(config, recipes, cache)
     assert before["recording"].sampled == 8 * CALLS * (50 + 20) and before["evaluating"].clips == 4 * 9
@@ -155,6 +171,7 @@ def test_a_recipe_is_as_good_unless_it_is_worse_by_more_than_a_standard_error():
         ({"num_seeds": 0}, "num_seeds is 0"),
         ({"fractions": (1, 2000)}, "what the records are divided by"),
         ({"fractions": ()}, "fractions is"),
+        ({"fractions": (1, 64)}, "the fewest records are 15, and one of the variants holds out 16"),
         ({"num_steps": 18}, "5 student steps do not divide the teacher's 18 steps"),
     ],
 )
@@ -167,7 +184,7 @@ def test_mistakes_are_told_at_once(change: dict[str, Any], message: str):
 def test_recipes_are_recorded_distilled_and_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     config = CostConfig(
         out=tmp_path / "out", num_trajectories=4, fractions=(2,), num_steps=5, num_iterations=10, batch_size=2,
-        lora_rank=2, paper_iterations=5, paper_batch_size=2, num_seeds=1, num_prompts=1,
+        lora_rank=2, paper_iterations=5, paper_batch_size=2, num_seeds=1, num_prompts=1, variants=False,
     )  # fmt: skip
     estimate = cost(replace(config, estimate=True))
     assert not config.out.exists() and "a denoiser evaluation" in capsys.readouterr().err

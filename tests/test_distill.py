@@ -351,7 +351,7 @@ def metrics_of(out: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"update": "alternating", "ema_decay": 0.8},
+        {"update": "alternating", "ema_decay": 0.8, "head_updates": 2},
         {"update": "joint", "full": True, "keep_best": True, "shared_head": True, "num_student_steps": (3, 1)},
         {"loss": "consistency", "num_student_steps": (1, 2), "adversarial_start": 4},
     ],
@@ -402,6 +402,34 @@ def test_metrics_name_every_quantity_and_key_point(folder: TrajectoryFolder, tmp
     validations = [line for line in lines if "latent_error" in line]
     assert [line["iteration"] for line in validations] == [4, 9, 12]
     assert all(len(line["validation_loss"]) == 5 for line in validations)
+
+
+def test_further_head_updates_teach_the_heads_alone(folder: TrajectoryFolder, tmp_path: Path):
+    """With a student that stays as it is, they begin with the same judgement, and end with a better one."""
+    lines = {}
+    for number in (1, 8):
+        config = tiny_config(
+            folder, tmp_path / str(number), head_updates=number, learning_rate=0.0, num_iterations=40
+        )
+        distill(config)
+        lines[number] = [line for line in metrics_of(config.out) if "keypoint" in line]
+        for line in lines[number]:
+            del line["head_gradient_norm"]  # that of the last update
+    assert lines[1][:5] == lines[8][:5]  # each head's first update comes after it was measured
+    last = {number: sum(line["head_loss"] for line in each[-5:]) for number, each in lines.items()}
+    assert last[8] < 0.8 * last[1]
+
+
+def test_a_run_of_an_earlier_version_goes_on_without_its_missing_options(folder: TrajectoryFolder, tmp_path: Path):
+    config = tiny_config(folder, tmp_path / "out", num_iterations=2)
+    distill(config)
+    path = config.out / "config.json"
+    earlier = json.loads(path.read_text())
+    del earlier["head_updates"]
+    path.write_text(json.dumps(earlier))
+    assert distill(config)["num_iterations"] == 2
+    with pytest.raises(UserError, match="head_updates 1, now 2"):
+        distill(replace(config, head_updates=2))
 
 
 def test_only_the_denoiser_is_loaded_and_it_learns(tmp_path: Path):
@@ -665,6 +693,7 @@ def test_the_command_line_knows_every_setting(capsys: pytest.CaptureFixture[str]
     [
         ({"batch_size": 0}, "batch_size is 0"),
         ({"ema_decay": 1.0}, "ema_decay is 1.0"),
+        ({"head_updates": 0}, "head_updates is 0; the least is 1"),
         ({"keep_best": True, "num_validation": 0}, "held-out"),
     ],
 )

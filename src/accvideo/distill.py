@@ -129,7 +129,8 @@ def train(
         if judged:
             assert discriminator is not None and head_optimizer is not None
             norm = "gradient_norm" if shared else "adversarial_gradient_norm"
-            with gradient(optimizer, line, norm), gradient(head_optimizer, line, "head_gradient_norm"):
+            features = []
+            with gradient(optimizer, line, norm):
                 for _ in parts:
                     rollout = rollouts.advance(student, sigmas, step)
                     fake_features = discriminator.features(rollout.latents, rollout.batch, keypoint)
@@ -137,20 +138,25 @@ def train(
                         fake_logits = discriminator.logits(fake_features, keypoint)
                         generator_loss = adversarial.generator(fake_logits).mean()
                     loss = config.adversarial_weight * generator_loss
+                    measured(generator_loss=generator_loss)
                     if shared:
                         rejoining = rejoining_loss(rollout, sigmas, step).mean()
                         loss = loss + rejoining
                         measured(trajectory_loss=rejoining)
                     accumulate(loss / len(parts))
-
                     real_features = discriminator.real_features(rollout.batch, keypoint)
-                    features = torch.cat([real_features, fake_features.detach()])
-                    real_logits, fake_logits = discriminator.logits(features, keypoint).chunk(2)
-                    head_loss = adversarial.head(real_logits, fake_logits).mean()
-                    accumulate(config.adversarial_weight * head_loss / len(parts))
-                    measured(generator_loss=generator_loss, head_loss=head_loss, **judgement(real_logits, fake_logits))
+                    features.append(torch.cat([real_features, fake_features.detach()]))
             line.setdefault("gradient_norm", update(optimizer, clip))
-            update(head_optimizer, clip)
+
+            for number_of_update in range(config.head_updates):
+                with gradient(head_optimizer, line, "head_gradient_norm"):
+                    for both in features:
+                        real_logits, fake_logits = discriminator.logits(both, keypoint).chunk(2)
+                        head_loss = adversarial.head(real_logits, fake_logits).mean()
+                        accumulate(config.adversarial_weight * head_loss / len(parts))
+                        if number_of_update == 0:
+                            measured(head_loss=head_loss, **judgement(real_logits, fake_logits))
+                update(head_optimizer, clip)
 
         move_average(config.ema_decay, training)
         values = mean(line)

@@ -38,6 +38,15 @@ PAPER = "paper"
 QUARTER = 0.25
 """The share of the paper recipe's evaluations that the default may take."""
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "running mean of the weights": {"ema_decay": 0.98},
+    "best of the validations": {"num_validation": 16, "validate_every": 25, "keep_best": True},
+    "four head updates": {"head_updates": 4},
+    "adversarial from the start": {"adversarial_start": 0},
+    "all weights": {"full": True, "learning_rate": 2e-4},
+}
+"""What is changed in the default recipe, one thing each, where its records are fewest."""
+
 SCORES = ("all_right", "latent_mse")
 """What a recipe is judged by: more is better; less is better."""
 
@@ -67,6 +76,9 @@ class CostConfig:
     """Of the default recipe."""
     lora_rank: int = 32
     """Of the default recipe."""
+    variants: bool = True
+    """Also try one change each of the default recipe on the fewest records: a running mean of the weights, the best
+    student by held-out trajectories, several updates of the heads, the adversarial half from the start, no LoRA."""
     paper_iterations: int = 1200
     """Of the paper's recipe; the adversarial half takes part in all of them."""
     paper_batch_size: int = 32
@@ -90,6 +102,12 @@ class CostConfig:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if not self.fractions or not all(1 <= each <= self.num_trajectories for each in self.fractions):
             raise UserError(f"fractions is {self.fractions}; give numbers from 1, what the records are divided by")
+        held_out = max(change.get("num_validation", 0) for change in VARIANTS.values())
+        if self.variants and (fewest := self.num_trajectories // max(self.fractions)) <= held_out:
+            raise UserError(
+                f"the fewest records are {fewest}, and one of the variants holds out {held_out}\n"
+                "Give more num_trajectories or smaller fractions, or leave out the variants (--no-variants)"
+            )
         RecordConfig(
             teacher=PLAYGROUND, prompts=Path(), out=Path(), num_steps=self.num_steps, num_student_steps=STUDENT_STEPS
         )
@@ -139,7 +157,8 @@ def cost(config: CostConfig) -> dict[str, Any]:
     """
     settings = settings_of(config, ("out", "device", "estimate"))
     recipes, device = plan_recipes(config), choose_device(config.device)
-    left = work_left(config, recipes, config.out / "cache")
+    variants = plan_variants(config, recipes)
+    left = work_left(config, recipes + variants, config.out / "cache")
     if any(work != Work() for work in left.values()):
         seconds = show_estimate(left, config.batch_size, device)
         if config.estimate:
@@ -147,30 +166,31 @@ def cost(config: CostConfig) -> dict[str, Any]:
     cache = open_analysis(config.out, settings)
     cache.mkdir(exist_ok=True)
     make_records(config, {recipe.recording for recipe in recipes}, cache, device)
-    distill_all([run for recipe in recipes for run in recipe.runs(cache, config.num_seeds)])
-    kinds = {recipe.name: [run.out for run in recipe.runs(cache, config.num_seeds)] for recipe in recipes}
+    runs = {recipe.name: recipe.runs(cache, config.num_seeds) for recipe in recipes + variants}
+    distill_all([run for each in runs.values() for run in each])
     evaluation = Evaluation(
         out=cache / "report", num_prompts=config.num_prompts, prompts=None, seed=0, device=config.device
     )
+    kinds = {name: [run.out for run in each] for name, each in runs.items()}
     rows = {row["name"]: row for row in evaluate_kinds(kinds, evaluation)}
+
+    def found(recipe: Recipe) -> dict[str, Any]:
+        return {
+            "name": recipe.name,
+            "num_trajectories": recipe.recording.num_trajectories,
+            "recording": recipe.recording.evaluations,
+            "training": training_evaluations(recipe.training),
+            "recipe": {name: str(value) for name, value in asdict(recipe.training).items()},
+            "metrics": rows[recipe.name]["metrics"],
+        }
+
     results = {
         "command": "accvideo analyze cost --out DIR",
         **origin(device),
         "settings": settings,
         "teacher": rows["teacher"],
-        "recipes": compare(
-            [
-                {
-                    "name": recipe.name,
-                    "num_trajectories": recipe.recording.num_trajectories,
-                    "recording": recipe.recording.evaluations,
-                    "training": training_evaluations(recipe.training),
-                    "recipe": {name: str(value) for name, value in asdict(recipe.training).items()},
-                    "metrics": rows[recipe.name]["metrics"],
-                }
-                for recipe in recipes
-            ]
-        ),
+        "recipes": compare([found(recipe) for recipe in recipes]),
+        "variants": compare([found(recipe) for recipe in [fewest_records(recipes), *variants]]),
     }
     results["cheapest"] = cheapest(results["recipes"])
     return write_results(config.out, "cost", results, cost_table(results), cost_figure(results["recipes"]))
@@ -210,6 +230,20 @@ def plan_recipes(config: CostConfig) -> list[Recipe]:
     return recipes
 
 
+def fewest_records(recipes: Sequence[Recipe]) -> Recipe:
+    """Of the default recipes on records of another solver, the one with the fewest."""
+    return min(recipes[2:], key=lambda recipe: recipe.recording.num_trajectories)
+
+
+def plan_variants(config: CostConfig, recipes: Sequence[Recipe]) -> list[Recipe]:
+    """The default recipe on the fewest records, changed in one thing each; of none, if they are not asked for."""
+    fewest = fewest_records(recipes)
+    return [
+        Recipe(f"{fewest.name}, {name}", fewest.recording, replace(fewest.training, **change))
+        for name, change in (VARIANTS.items() if config.variants else ())
+    ]
+
+
 def iterations_of(config: DistillConfig) -> tuple[int, int]:
     """Iterations without and with the adversarial half, which begins with a sweep of the key points."""
     first = -(-config.adversarial_start // STUDENT_STEPS) * STUDENT_STEPS
@@ -218,11 +252,13 @@ def iterations_of(config: DistillConfig) -> tuple[int, int]:
 
 
 def training_evaluations(config: DistillConfig) -> int:
-    """Denoiser evaluations of a distillation without validation, for one sample each: forward 1, backward 2."""
+    """Denoiser evaluations of a distillation, for one sample each: forward 1, backward 2."""
     plain, judged = iterations_of(config)
     together = JUDGED if config.update == "shared" else PAIRED + JUDGED
     first_look = STUDENT_STEPS if config.adversarial_weight else 0  # at the features of each key point
-    return config.batch_size * (plain * PAIRED + judged * together + first_look)
+    num_validations = 1 + -(-config.num_iterations // config.validate_every)
+    validation = config.num_validation * num_validations * 2 * STUDENT_STEPS  # each step from the record, and sampled
+    return config.batch_size * (plain * PAIRED + judged * together + first_look) + validation
 
 
 def work_left(config: CostConfig, recipes: Sequence[Recipe], cache: Path) -> dict[str, Work]:
@@ -297,7 +333,7 @@ def write_beginning(data: Path, num_trajectories: int, out: Path) -> None:
 
 
 def compare(recipes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The recipes with their sums and what sets them apart from the first, the paper's.
+    """The recipes with their sums and what sets them apart from the first.
 
     For each score the difference of the means, positive where a recipe is better, and its standard error over the
     seeds; a recipe is as good where it is not worse by more than that.
@@ -331,20 +367,25 @@ def cheapest(recipes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def cost_table(results: Mapping[str, Any]) -> str:
     """Evaluations and scores of all recipes in Markdown, and what follows."""
-    header = ["", "records", "recording", "training", "evaluations", "of the paper's, %"]
-    header += [*map(metric_title, SCORES)] + ["better than the paper's, points"]
-    lines = [
-        [row["name"], *(f"{row[key]:,}" for key in ("num_trajectories", "recording", "training", "evaluations"))]
-        + [f"{100 * row['share']:.1f}", *(metric_cell(name, row) for name in SCORES)]
-        + [f"{100 * row['all_right_difference']['mean']:+.1f} ± {100 * row['all_right_difference']['error']:.1f}"]
-        for row in results["recipes"]
-    ]
+    header = ["", "records", "recording", "training", "evaluations"]
+    header += ["of {}, %", *map(metric_title, SCORES)] + ["better than {}, points"]
+
+    def table(rows: Sequence[Mapping[str, Any]], first: str) -> str:
+        lines = [
+            [row["name"], *(f"{row[key]:,}" for key in ("num_trajectories", "recording", "training", "evaluations"))]
+            + [f"{100 * row['share']:.1f}", *(metric_cell(name, row) for name in SCORES)]
+            + [f"{100 * row['all_right_difference']['mean']:+.1f} ± {100 * row['all_right_difference']['error']:.1f}"]
+            for row in rows
+        ]
+        return markdown_table([title.format(first) for title in header], lines)
+
     settings, teacher = results["settings"], results["teacher"]["metrics"]["all_right"][0]
+    recipes = table(results["recipes"], "the paper's")
     text = (
         "Denoiser evaluations for one sample each: forward 1, backward 2 (1 where only the gradient of the input is "
         f"wanted). Scores: mean and deviation of {settings['num_seeds']} students on {settings['num_prompts']} "
         f"prompts; the teacher itself has {100 * teacher:.1f} % all right. Last column: difference of the means and "
-        f"its standard error.\n\n{markdown_table(header, lines)}"
+        f"its standard error.\n\n{recipes}"
     )
     for name, best in results["cheapest"].items():
         text += (
@@ -352,6 +393,8 @@ def cost_table(results: Mapping[str, Any]) -> str:
             f"error is *{best['recipe']}*, with {100 * best['share']:.1f} % of its evaluations"
             f" ({'at most' if best['within_a_quarter'] else 'more than'} a quarter).\n"
         )
+    if len(results["variants"]) > 1:
+        text += f"\nThe last of them, and one change of it each:\n\n{table(results['variants'], 'the first')}"
     return text
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from accvideo.analysis.ablation import BEYOND, FIGURE_7, FRACTIONS
 from accvideo.analysis.comparison import JUDGED, METHODS, PAIRED
-from accvideo.analysis.cost import CostConfig, plan_recipes, work_left
+from accvideo.analysis.cost import CostConfig, plan_recipes, plan_variants, work_left
 from accvideo.analysis.coverage import NUM_FOLLOWED_LEVELS
 from accvideo.analysis.estimate import CALLS, PLAYGROUND, Work, duration, show_estimate
 from accvideo.analysis.folder import open_analysis
@@ -94,6 +94,7 @@ class Sizes:
     reference_steps: int = 500
     cost: tuple[int, int, int, int] = (960, 800, 1200, 32)
     """Records, iterations, and the paper's iterations and batch size, of the comparison of costs."""
+    cost_variants: bool = True
 
     @property
     def recording(self) -> int:
@@ -124,6 +125,7 @@ SHORT = Sizes(
     solver_steps=(10,),
     reference_steps=20,
     cost=(4, 5, 5, 2),
+    cost_variants=False,
 )
 
 
@@ -283,11 +285,15 @@ def cost_part(sizes: Sizes, place: Place) -> Part:
         batch_size=sizes.batch_size,
         num_seeds=sizes.num_seeds,
         num_prompts=sizes.num_prompts,
+        variants=sizes.cost_variants,
     )
-    left = work_left(config, plan_recipes(config), config.out / "cache")
+    recipes = plan_recipes(config)
+    left = work_left(config, recipes + plan_variants(config, recipes), config.out / "cache")
     names = ("num_trajectories", "num_iterations", "paper_iterations", "paper_batch_size")
     names += ("batch_size", "num_seeds", "num_prompts")
     arguments = words(*((f"--{name.replace('_', '-')}", getattr(config, name)) for name in names))
+    if not config.variants:
+        arguments += ["--no-variants"]
     return Part(arguments, sum(left.values(), Work()))
 
 

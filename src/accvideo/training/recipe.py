@@ -58,6 +58,8 @@ class DistillConfig:
     """Of the student (AdamW). About 2e-3 suits a LoRA of a small model, 2e-4 its full weights."""
     head_learning_rate: float = 1e-3
     """Of the discriminator's heads (AdamW)."""
+    head_updates: int = 1
+    """Updates of the heads an iteration, all on the same features: no further call of a denoiser."""
     weight_decay: float = 0.0
     """Of both optimizers."""
     max_gradient_norm: float = 1.0
@@ -122,7 +124,8 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         at_least = dict.fromkeys(
-            ("num_iterations", "batch_size", "accumulate", "lora_rank", "validate_every", "save_every"), 1
+            ("num_iterations", "batch_size", "accumulate", "lora_rank", "head_updates", "validate_every", "save_every"),
+            1,
         )
         at_least |= {"num_validation": 0, "warmup_iterations": 0, "adversarial_weight": 0, "patience": 0}
         for name, least in at_least.items():
@@ -248,7 +251,8 @@ def claim_folder(config: DistillConfig, manifest: Manifest, kept: Sequence[int])
         config.out.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(own, indent=2).encode() + b"\n")
         return
-    theirs = json.loads(path.read_text("utf-8"))
+    # A run of an earlier version did what an option that it did not have does by default.
+    theirs = settings(DistillConfig(data="", out=Path())) | json.loads(path.read_text("utf-8"))
     differing = [name for name in own if name not in PLACES and own[name] != theirs.get(name)]
     if differing:
         changes = ", ".join(f"{name} {theirs.get(name)}, now {own[name]}" for name in differing)
