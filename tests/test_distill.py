@@ -408,9 +408,7 @@ def test_further_head_updates_teach_the_heads_alone(folder: TrajectoryFolder, tm
     """With a student that stays as it is, they begin with the same judgement, and end with a better one."""
     lines = {}
     for number in (1, 8):
-        config = tiny_config(
-            folder, tmp_path / str(number), head_updates=number, learning_rate=0.0, num_iterations=40
-        )
+        config = tiny_config(folder, tmp_path / str(number), head_updates=number, learning_rate=0.0, num_iterations=40)
         distill(config)
         lines[number] = [line for line in metrics_of(config.out) if "keypoint" in line]
         for line in lines[number]:

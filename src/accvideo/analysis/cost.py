@@ -273,7 +273,8 @@ def work_left(config: CostConfig, recipes: Sequence[Recipe], cache: Path) -> dic
     # The teacher at all its steps; at the student's number with guidance, without, half as many with; and by UniPC.
     teacher = CALLS * PAPER_STEPS + CALLS * STUDENT_STEPS + STUDENT_STEPS + STUDENT_STEPS // 2 * CALLS
     num_rows, calls = 5 + len(runs), teacher + CALLS * STUDENT_STEPS + len(runs) * STUDENT_STEPS
-    clips = 0 if (config.out / "cost.json").exists() else config.num_prompts
+    is_done = (config.out / "cost.json").exists() and not trained
+    clips = 0 if is_done else config.num_prompts
     return {
         "recording": Work(sampled=recorded),
         "distilling": Work(trained=trained),
@@ -394,7 +395,8 @@ def cost_table(results: Mapping[str, Any]) -> str:
             f" ({'at most' if best['within_a_quarter'] else 'more than'} a quarter).\n"
         )
     if len(results["variants"]) > 1:
-        text += f"\nThe last of them, and one change of it each:\n\n{table(results['variants'], 'the first')}"
+        name = results["variants"][0]["name"]
+        text += f"\nOne change each of *{name}*:\n\n{table(results['variants'], 'the first')}"
     return text
 
 

@@ -222,7 +222,7 @@ class Watch:
         limit = max((1 - MIN_HEAD_GAIN) * before, self.chance_loss)
         if self.num_judged == HEAD_SWEEPS * self.num_student_steps and now > limit:
             meaning = f"The heads' loss after {HEAD_SWEEPS} sweeps of adversarial training (at first {before:.3g})"
-            advice = "They do not learn, and push the student at random: raise --head-learning-rate."
+            advice = "They do not learn, and push the student at random: raise --head-learning-rate or --head-updates."
             yield Alarm("heads_idle", now, limit, meaning, advice)
         accuracy = fmean(self.accuracies)
         if len(self.accuracies) == self.accuracies.maxlen and accuracy > MAX_ACCURACY:
