@@ -3,6 +3,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import pytest
 import torch
 
@@ -131,6 +132,25 @@ def test_a_video_that_cannot_be_read_is_found_before_the_model_is_loaded(videos:
         videos, replace(settings, model=str(model)), tmp_path / "record.jsonl", "cpu", skip_bad=True
     )
     assert len(captions) == 3 and len(bad) == 2
+
+
+def test_a_video_whose_frames_differ_in_size_is_refused(tmp_path: Path):
+    # Motion JPEG is a row of pictures, each with its own size; two such streams make one.
+    parts = []
+    for number, (height, width) in enumerate(((32, 48), (48, 32))):
+        with av.open(str(tmp_path / f"{number}.mjpeg"), "w", format="mjpeg") as container:
+            stream = container.add_stream("mjpeg", rate=8, width=width, height=height, pix_fmt="yuvj420p")
+            for _ in range(4):
+                gray = torch.zeros(height, width, 3, dtype=torch.uint8).numpy()
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(gray, format="rgb24")))
+            container.mux(stream.encode())
+        parts.append((tmp_path / f"{number}.mjpeg").read_bytes())
+    video = tmp_path / "several.mjpeg"
+    video.write_bytes(b"".join(parts))
+    assert count_frames(video) == 8
+    assert spread_frames(tmp_path / "1.mjpeg", 4, 2).frames.shape == (2, 48, 32, 3)
+    with pytest.raises(UserError, match="cannot read the video .*several.mjpeg: its frames differ in size"):
+        spread_frames(video, 8, 2)
 
 
 def test_what_is_no_model_or_no_folder_of_videos_is_refused(videos: Path, model: Path, tmp_path: Path):

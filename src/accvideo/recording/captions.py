@@ -211,6 +211,8 @@ def spread_frames(path: Path, total: int, num_frames: int) -> Glimpse:
             found = {i: frame.to_ndarray(format="rgb24") for i, frame in decoded if i in wanted}
         if not found:
             raise UserError(f"cannot read the video {path}: it has fewer frames than it says")
+        if len({frame.shape for frame in found.values()}) > 1:
+            raise UserError(f"cannot read the video {path}: its frames differ in size")
         return Glimpse(np.stack(list(found.values())), list(found), total, fps)
-    except (OSError, IndexError, ValueError, av.FFmpegError) as error:  # or frames of several sizes
+    except (OSError, IndexError, ValueError, av.FFmpegError) as error:
         raise UserError(f"cannot read the video {path}: {error}") from error
