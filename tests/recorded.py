@@ -11,9 +11,11 @@ from tests.tiny import tiny_wan_pipeline
 PROMPTS = ["a red square", "two blue dots", "green", "a circle moves left", "nothing", "one more"]
 
 
-def record_tiny(folder: Path, scheduler: str = "dpm", experts: int = 1, **settings: Any) -> TrajectoryFolder:
+def record_tiny(
+    folder: Path, scheduler: str = "dpm", experts: int = 1, teacher_seed: int = 0, **settings: Any
+) -> TrajectoryFolder:
     """Save a tiny Wan pipeline to `folder/teacher` and record it to `folder/data`: 10 steps, 5 for the student."""
-    tiny_wan_pipeline(scheduler, experts=experts).save_pretrained(folder / "teacher")
+    tiny_wan_pipeline(scheduler, teacher_seed, experts).save_pretrained(folder / "teacher")
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     settings = {"num_steps": 10, "num_student_steps": 5, "guidance_scale": 3.0, "num_trajectories": 6} | settings
     config = RecordConfig(

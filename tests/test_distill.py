@@ -23,6 +23,7 @@ from accvideo.data.dataset import TrajectoryFolder
 from accvideo.discriminator import Discriminator
 from accvideo.distill import MAX_SKIPPED, distill, set_learning_rates, train
 from accvideo.flow import euler_step, shifted_sigmas
+from accvideo.inference.student_config import read_student_config
 from accvideo.student import Student, load_student
 from accvideo.training.checkpoint import read_metrics
 from accvideo.training.recipe import PRESETS, DistillConfig, claim_folder
@@ -561,23 +562,40 @@ def test_training_goes_on_from_a_student(folder: TrajectoryFolder, tmp_path: Pat
     assert not torch.equal(student.velocity("transformer", call, latents), replay(teacher, call, latents))
 
 
-def test_only_students_of_the_same_teacher_and_kind_can_be_gone_on_from(folder: TrajectoryFolder, tmp_path: Path):
+def test_whole_weights_may_be_a_student_of_another_teacher(folder: TrajectoryFolder, tmp_path: Path):
+    """As when a student of a student is trained on with the first teacher: all that is left of its own are weights."""
+    other = record_tiny(tmp_path, teacher_seed=1)
+    assert other.manifest.fingerprints != folder.manifest.fingerprints
+    distill(tiny_config(other, tmp_path / "first", full=True, num_iterations=2))
+    further = tiny_config(folder, tmp_path / "further", full=True, start_from=str(tmp_path / "first"))
+    distill(further)
+    batch = next(folder.batches(2, seed=0))
+    started = start_training(further, load_denoisers(folder.manifest), folder.manifest.key_sigmas, [batch]).student
+    saved = load_file(tmp_path / "first/transformer/diffusion_pytorch_model.safetensors")
+    assert saved.keys() == {name.removeprefix("transformer.") for name in started.trained()}
+    assert all(torch.equal(saved[name.removeprefix("transformer.")], p) for name, p in started.trained().items())
+    assert read_student_config(further.out).fingerprints == folder.manifest.fingerprints
+
+
+def test_only_students_of_the_same_kind_and_shape_can_be_gone_on_from(folder: TrajectoryFolder, tmp_path: Path):
     distill(tiny_config(folder, tmp_path / "first", num_iterations=1))
+    distill(tiny_config(record_tiny(tmp_path, teacher_seed=1), tmp_path / "other", num_iterations=1))
     for settings, message in (
-        ({"start_from": "playground-student"}, "is a student of playground, and .* their denoisers differ"),
+        ({"start_from": str(tmp_path / "other")}, "is a LoRA for .* their denoisers differ"),
+        ({"start_from": "playground-student", "full": True}, "built otherwise .* is .* there and .* here"),
         ({"start_from": str(tmp_path / "first"), "lora_rank": 3}, "was trained with --no-full --lora-rank 2"),
         ({"start_from": str(tmp_path / "first"), "full": True}, "was trained with --no-full --lora-rank 2"),
         ({"start_from": str(tmp_path)}, "holds no finished student"),
     ):
         with pytest.raises(UserError, match=message):
             distill(tiny_config(folder, tmp_path / "student", **settings))
-    assert not (tmp_path / "student").exists()
+        assert not (tmp_path / "student/metrics.jsonl").exists()
 
     # A LoRA of a version that adapted other layers.
     path = tmp_path / "first/pytorch_lora_weights.safetensors"
     kept = dict(list(load_file(path).items())[1:])
     save_file(kept, path, safe_open(path, "pt").metadata())
-    with pytest.raises(UserError, match=r"by another version .* \(1 differ"):
+    with pytest.raises(UserError, match=r"another version .* \(1 of .* missing there"):
         distill(tiny_config(folder, tmp_path / "student", start_from=str(tmp_path / "first")))
 
 

@@ -42,8 +42,9 @@ class DistillConfig:
     tell_size: bool = True
     """Tell a student of several numbers of steps, by its timestep, how far each step goes."""
     start_from: str | None = None
-    """Student of the same teacher whose weights are trained on, on further trajectories or by another recipe: a folder,
-    or `playground-student`. LoRA rank, or `--full`, must be its own. None: the student starts as its teacher."""
+    """Student whose weights are trained on, on further trajectories or by another recipe: a folder, or
+    `playground-student`. LoRA rank, or `--full`, must be its own, and a LoRA's teacher the data set's; whole weights
+    may come from another teacher with the same denoiser. None: the student starts as its teacher."""
     num_iterations: int = 400
     """Iterations; each trains one step, from noise to video and around again, on one batch."""
     batch_size: int = 16

@@ -71,36 +71,43 @@ def start_training(
 
 
 def check_start(config: DistillConfig, manifest: Manifest) -> None:
-    """See that the student to start from, if there is one, is of this teacher and trains the same weights.
+    """See that the student to start from, if there is one, trains the same weights, and a LoRA on the same teacher's.
 
     Raises:
-        UserError: it is not, or does not.
+        UserError: it does not.
     """
     if config.start_from is None:
         return
     theirs = read_student_config(student_folder(config.start_from))
-    if theirs.fingerprints != manifest.fingerprints:
-        raise UserError(
-            f"{config.start_from} is a student of {theirs.teacher}, and {config.data} is of {manifest.teacher}: "
-            "their denoisers differ\nGive --start-from a student of this teacher, or leave it out"
-        )
     if theirs.lora_rank != (None if config.full else config.lora_rank):
         own = "--full" if theirs.lora_rank is None else f"--no-full --lora-rank {theirs.lora_rank}"
         raise UserError(f"{config.start_from} was trained with {own}\nGive the same, or leave --start-from out")
+    if theirs.fingerprints != manifest.fingerprints and not config.full:
+        raise UserError(
+            f"{config.start_from} is a LoRA for {theirs.teacher}, and {config.data} is of {manifest.teacher}: "
+            "their denoisers differ\nGive --start-from a student of this teacher, or leave it out"
+        )
 
 
 def starting_weights(name: str, trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """The weights of a saved student, spread over the ranks as those they are for.
 
     Raises:
-        UserError: its LoRA is of other layers than a LoRA of this version.
+        UserError: they are not of the same names and shapes: its denoisers are others, or its LoRA is of other layers
+            than a LoRA of this version.
     """
     folder = student_folder(name)
-    saved = saved_weights(folder, read_student_config(folder))
-    if differing := sorted(saved.keys() ^ trained.keys()):
+    config = read_student_config(folder)
+    saved = saved_weights(folder, config)
+    theirs = {key: tuple(weight.get_shape()) for key, weight in saved.items()}
+    own = {key: tuple(weight.shape) for key, weight in trained.items()}
+    if differing := sorted(key for key in theirs | own if theirs.get(key) != own.get(key)):
+        first = differing[0]
+        why = "its denoisers are built otherwise" if config.lora_rank is None else "another version of accvideo made it"
         raise UserError(
-            f"{name} was made by another version of accvideo: it trained other layers ({len(differing)} differ, "
-            f"{differing[0]} is the first)\nLeave --start-from out"
+            f"the weights of {name} are not those of this training: {why} ({len(differing)} of {len(theirs | own)} "
+            f"differ; {first} is {theirs.get(first, 'missing')} there and {own.get(first, 'missing')} here)\n"
+            "Leave --start-from out"
         )
     return {key: spread_as(weight, partial(rows_of, saved[key])) for key, weight in trained.items()}
 
