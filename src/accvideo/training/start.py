@@ -101,11 +101,12 @@ def starting_weights(name: str, trained: Mapping[str, nn.Parameter]) -> dict[str
     saved = saved_weights(folder, config)
     theirs = {key: tuple(weight.get_shape()) for key, weight in saved.items()}
     own = {key: tuple(weight.shape) for key, weight in trained.items()}
-    if differing := sorted(key for key in theirs | own if theirs.get(key) != own.get(key)):
+    keys = theirs.keys() | own.keys()
+    if differing := sorted(key for key in keys if theirs.get(key) != own.get(key)):
         first = differing[0]
         why = "its denoisers are built otherwise" if config.lora_rank is None else "another version of accvideo made it"
         raise UserError(
-            f"the weights of {name} are not those of this training: {why} ({len(differing)} of {len(theirs | own)} "
+            f"the weights of {name} are not those of this training: {why} ({len(differing)} of {len(keys)} "
             f"differ; {first} is {theirs.get(first, 'missing')} there and {own.get(first, 'missing')} here)\n"
             "Leave --start-from out"
         )
