@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -19,8 +20,11 @@ from accvideo.analysis.steps import (
     steps_table,
 )
 from accvideo.inference.student_config import read_student_config
+from accvideo.reporting.wording import METRICS
 from accvideo.types import UserError
 from tests.recorded import PROMPTS, record_tiny
+
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 def test_the_student_for_all_numbers_gets_as_many_iterations_for_each_as_a_student_of_its_own():
@@ -67,6 +71,39 @@ def test_table_and_figure_show_every_row(with_judge: bool):
     ElementTree.fromstring(svg)
     assert all(kind in svg for kind in KINDS) and "1 perflow" in svg and "prefers-color-scheme: dark" in svg
     assert svg.count('class="head"') == (2 if with_judge else 1) + 2
+
+
+def boxes(chart: ElementTree.Element) -> list[tuple[float, float, float, float]]:
+    """Left, right, top and bottom of a chart's texts, 12 units high and 6.8 a character wide."""
+    found = []
+    for text in chart.iter(f"{SVG}text"):
+        width, x, y = 6.8 * len(text.text or ""), float(text.attrib["x"]), float(text.attrib["y"])
+        left = x - width * {"start": 0, "middle": 0.5, "end": 1}[text.get("text-anchor", "start")]
+        found.append((left, left + width, y - 9, y + 3))
+    return found
+
+
+@pytest.mark.parametrize("numbers", [(1, 2, 5, 10), (3, 4, 5)])
+@pytest.mark.parametrize("num_methods", [1, 5])
+def test_methods_that_coincide_stand_side_by_side_at_their_height_and_off_the_curves(
+    numbers: tuple[int, ...], num_methods: int
+):
+    rows = made_up_rows(numbers)
+    # Where the students of five steps are.
+    methods = [{"name": f"m{i}", "num_steps": 5, "metrics": {"latent_mse": [0.1, 0.3]}} for i in range(num_methods)]
+    root = ElementTree.fromstring(steps_figure({"rows": rows, "baselines": methods}))
+    charts = root.findall(f".//{SVG}svg[@class='chart']")
+    for chart in charts:
+        for one, other in combinations(boxes(chart), 2):
+            assert one[1] <= other[0] or other[1] <= one[0] or one[3] <= other[2] or other[3] <= one[2]
+        assert all(0 <= left and right <= 440 for left, right, _, _ in boxes(chart))
+    chart = next(each for each in charts if each.attrib["aria-label"] == METRICS["latent_mse"][0])
+    points = {(float(each.attrib["cx"]), float(each.attrib["cy"])) for each in chart.iter(f"{SVG}circle")}
+    height = sorted(points)[numbers.index(5)][1]
+    digits = [each for each in chart.iter(f"{SVG}text") if each.get("paint-order")]
+    assert [each.text for each in digits] == [str(i + 1) for i in range(num_methods)]
+    assert [float(each.attrib["y"]) - 4 for each in digits] == pytest.approx([height] * num_methods, abs=0.11)
+    assert min(float(each.attrib["x"]) for each in digits) > max(x for x, _ in points) + 10
 
 
 @pytest.mark.slow

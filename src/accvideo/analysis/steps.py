@@ -1,6 +1,7 @@
 """Quality and seconds against the number of steps: a student for each, one for all, and the teacher's own few steps."""
 
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,9 @@ ONE_FOR_ALL = "one student for all"
 NOT_TOLD = "one for all, not told how far"
 KINDS = (ONE_EACH, ONE_FOR_ALL, NOT_TOLD, "teacher, guided", "teacher, equal calls", "teacher, UniPC")
 """What is compared at each number of steps."""
+
+STRIP = 0.2
+"""Share of a plot's width, at its right, for methods that are known at one number of steps only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +207,10 @@ def steps_figure(results: Mapping[str, Any]) -> str:
 
 
 def metric_panel(rows: Sequence[Mapping[str, Any]], name: str, baselines: Sequence[Mapping[str, Any]]) -> Panel:
-    """A metric against the number of steps, a curve a kind; the teacher at all its steps is a level line."""
+    """A metric against the number of steps, a curve a kind; the teacher at all its steps is a level line.
+
+    Other methods stand in a strip of their own at the right: near each other and on the curves none could be read.
+    """
     title, unit = METRICS[name]
     curves = {
         kind: {
@@ -223,16 +230,18 @@ def metric_panel(rows: Sequence[Mapping[str, Any]], name: str, baselines: Sequen
     numbers = sorted({row["num_student_steps"] for row in rows})
     own = [each for curve in curves.values() for each in curve.values()]
     ticks = whisker_ticks([*own, *level, *(each for _, each in others.values())])
-    plot = Plot((numbers[0] / 1.2, numbers[-1] * 1.2), (ticks[0], ticks[-1]), x_log=True)
+    left, edge = numbers[0] / 1.2, numbers[-1] * 1.2
+    right = left * (edge / left) ** (1 / (1 - STRIP)) if others else edge
+    plot = Plot((left, right), (ticks[0], ticks[-1]), x_log=True)
     marks = spread_curves(plot, curves)
     keys = list(tints.items())
     if level:
         height = sum(level[0]) / len(level[0])
         marks += polyline(plot, [(numbers[0], height), (numbers[-1], height)], "var(--ink)", 1, 0.6)
         keys.append((ALL_STEPS, "var(--ink)"))
-    for number, (method, (num_steps, each)) in enumerate(others.items()):
-        marks += letter(plot, num_steps, sum(each) / len(each), str(number + 1))
-        keys.append((f"{number + 1} {method}", "var(--muted)"))
+    if others:
+        marks += strip(plot, edge, list(others.values()))
+        keys += [(f"{number} {method}", "var(--muted)") for number, method in enumerate(others, start=1)]
     return Panel(title, unit, plot.svg(marks, "steps (logarithmic)", ticks, numbers, title), keys)
 
 
@@ -272,6 +281,24 @@ def trade_panel(rows: Sequence[Mapping[str, Any]], name: str) -> Panel:
     return Panel(f"{title} against seconds of denoising", unit, chart, keys)
 
 
-def letter(plot: Plot, x: float, y: float, text: str) -> str:
-    """A number beside the place of a point."""
-    return f'<text x="{plot.x(x) + 7:.1f}" y="{plot.y(y) + 4:.1f}">{text}</text>'
+def strip(plot: Plot, edge: float, others: Sequence[tuple[int, Sequence[float]]]) -> str:
+    """Methods as 1, 2, ... side by side right of `edge`, each at the height of its mean; given by steps and values."""
+    left, right = plot.x(edge), plot.x(plot.x_range[1])
+    bottom, top = (plot.y(limit) for limit in plot.y_range)
+    counts = ", ".join(map(str, sorted({num_steps for num_steps, _ in others})))
+    marks = [
+        f'<line class="axis" x1="{left:.1f}" x2="{left:.1f}" y1="{bottom:.1f}" y2="{top:.1f}"/>',
+        f'<text x="{(left + right) / 2:.1f}" y="249" text-anchor="middle">at {counts} steps</text>',
+    ]
+    for number, (_, values) in enumerate(others):
+        x = left + (right - left) * (number + 0.5) / len(others)
+        marks.append(letter(x, plot.y(statistics.fmean(values)), str(number + 1)))
+    return "".join(marks)
+
+
+def letter(x: float, y: float, text: str) -> str:
+    """A number centered at a place, with a rim in the page's color that parts it from a line behind."""
+    return (
+        f'<text x="{x:.1f}" y="{y + 4:.1f}" text-anchor="middle" stroke="var(--page)" stroke-width="3" '
+        f'paint-order="stroke">{text}</text>'
+    )
