@@ -232,6 +232,7 @@ CASES: dict[str, dict[str, Any]] = {
     "full": {"full": True, "ema_decay": 0.5, "learning_rate": 1e-3},
     "lora": {"update": "alternating", "accumulate": 2, "head_updates": 2},
     "consistency": {"full": True, "loss": "consistency", "learning_rate": 1e-4},
+    "correction": {"full": True, "loss": "correction", "learning_rate": 1e-4},
     "sharded base": {"update": "shared", "shard_base": True, "gradient_checkpointing": True},
 }
 

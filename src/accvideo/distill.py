@@ -19,6 +19,7 @@ from accvideo.losses import ADVERSARIAL_LOSSES, Logits, trajectory_loss
 from accvideo.student import save_student
 from accvideo.training.checkpoint import Checkpoints
 from accvideo.training.consistency import consistency_lesson
+from accvideo.training.correction import correction_lesson
 from accvideo.training.distributed import (
     first_ranks,
     gather,
@@ -313,9 +314,9 @@ def distill_together(config: DistillConfig) -> dict[str, Any]:
     held_out = [to_device(collate_trajectories([folder[i] for i in chunk]), config.device) for chunk in chunks]
     sigmas = manifest.key_sigmas
     lesson = recorded_lesson
-    if config.loss == "consistency":
+    if config.loss != "trajectory":
         console.print(f"looking how {manifest.teacher} is guided")
-        lesson = consistency_lesson(config, folder)
+        lesson = {"consistency": consistency_lesson, "correction": correction_lesson}[config.loss](config, folder)
     denoisers = load_denoisers(manifest, config.quantization)
     training = start_training(config, denoisers, sigmas, list(islice(batches(0), config.accumulate)))
     with Checkpoints(config.out / "checkpoints") as checkpoints:

@@ -359,13 +359,16 @@ LOSSES = {
     "trajectory": "The trajectory loss pulls the student's step to the secant of the teacher's trajectory.",
     "consistency": "The consistency loss pulls the student, from noised videos, to where one step of the teacher and "
     "the student's own way on lead.",
+    "correction": "The correction loss takes from the student's videos what the teacher would mend in them, and would "
+    "not in its own.",
 }
 """What is learned by a loss."""
 
 
 def training_section(training_log: Sequence[Mapping[str, Any]]) -> str:
     """Loss curves by key point and accuracy of the discriminator's heads."""
-    kind = "consistency" if any("consistency_loss" in line for line in training_log) else "trajectory"
+    kinds = [name for name in LOSSES if any(f"{name}_loss" in line for line in training_log)]
+    kind = kinds[-1] if kinds else "trajectory"
     losses = line_chart(
         f"{kind.capitalize()} loss",
         "mean squared error of the velocity, logarithmic; dotted: trajectory loss of held-out trajectories",

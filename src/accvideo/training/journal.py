@@ -75,6 +75,7 @@ def progress_bar(
     labels = {
         "trajectory_loss": "trajectory",
         "consistency_loss": "consistency",
+        "correction_loss": "correction",
         "generator_loss": "generator",
         "real_accuracy": "real right",
         "fake_accuracy": "fake right",

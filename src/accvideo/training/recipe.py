@@ -69,14 +69,19 @@ class DistillConfig:
     """Iterations over which both learning rates rise from 0."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning rates after the warm-up: constant, or falling to 0 along half a cosine."""
-    loss: Literal["trajectory", "consistency"] = "trajectory"
-    """Of the teacher-forced half: "trajectory", the recorded steps (Eq. 6 of the paper); or "consistency", which asks
-    the teacher, guided as recorded, from the recorded videos with fresh noise: one step of its own, and the student's
-    own way on to where its step ends (arXiv:2405.18407). That is twice the work an iteration, and needs no recorded
-    states but the videos; try it from a student of the first (--start-from), with half of its learning rate."""
+    loss: Literal["trajectory", "consistency", "correction"] = "trajectory"
+    """Of the teacher-forced half: "trajectory", the recorded steps (Eq. 6 of the paper); "consistency", which asks the
+    teacher, guided as recorded, from the recorded videos with fresh noise: one step of its own, and the student's own
+    way on to where its step ends (arXiv:2405.18407). That is twice the work an iteration, and needs no recorded states
+    but the videos; try it from a student of the first (--start-from), with half of its learning rate. Or "correction",
+    for students of one or two steps that come from the first: their whole way from the recorded noise, and what the
+    teacher would correct in their video beyond what it would in the recorded one (arXiv:2304.07090)."""
+    correction_levels: tuple[float, float] = (0.4, 0.7)
+    """Of "correction": lowest and highest noise level to which videos are noised, 0 at the video and 1 at the noise;
+    one of those between at which the teacher's own steps start is drawn each time."""
     media_folder: Path = Path()
     """What the names of images and videos in the prompts are relative to: the folder of the file of prompts. Needed by
-    "consistency" alone, to run the teacher's pipeline once."""
+    "consistency" and "correction" alone, to run the teacher's pipeline once."""
     adversarial_weight: float = 0.1
     """Weight of the adversarial loss (lambda_adv of the paper); 0 leaves that half of the method out."""
     adversarial_loss: Literal["nonsaturating", "saturating", "hinge"] = "nonsaturating"
@@ -135,15 +140,23 @@ class DistillConfig:
         check_tracker(self.track)
         if len(set(self.num_student_steps)) < len(self.num_student_steps):
             raise UserError(f"num_student_steps is {self.num_student_steps}; give each number once")
-        if self.loss == "consistency" and self.update == "shared":
+        if self.loss != "trajectory" and self.update == "shared":
             raise UserError(
-                "update is shared, which leads the student back to recorded states, and loss is consistency, which "
-                "uses none\nLeave out one of them"
+                f"update is shared, which leads the student back to recorded states, and loss is {self.loss}, which "
+                "does not\nLeave out one of them"
             )
+        low, high = self.correction_levels
+        if not 0 < low <= high < 1:
+            raise UserError(f"correction_levels is {low:g} {high:g}; give two rising numbers between 0 and 1")
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"ema_decay is {self.ema_decay}; choose 0 (off) or a number below 1, such as 0.99")
         if (self.keep_best or self.patience) and not self.num_validation:
             raise UserError("keep_best and patience need held-out trajectories; set num_validation to 1 or more")
+        if (self.keep_best or self.patience) and self.loss == "correction":
+            raise UserError(
+                "keep_best and patience go by the distance to the teacher's own videos, and the loss correction lets "
+                "that grow\nLeave them out"
+            )
         if self.shard_base and (self.full or self.quantization is not None):
             raise UserError(
                 "shard_base spreads the frozen weights under a LoRA, in the type they were recorded in\n"

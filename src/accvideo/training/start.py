@@ -47,7 +47,7 @@ def start_training(
             {name: denoiser if sharded else denoiser.to(device) for name, denoiser in denoisers.items()},
             lora_rank=None if config.full else config.lora_rank,
             arithmetic=partial(arithmetic, device.type, config.precision),
-            keep_teacher=adversarial or config.loss == "consistency",
+            keep_teacher=adversarial or config.loss != "trajectory",
             gradient_checkpointing=config.gradient_checkpointing,
             shard=sharder(config.device, config.precision) if sharded else None,
         )

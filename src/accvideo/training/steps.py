@@ -70,6 +70,11 @@ def step_of_iteration(sweeps: Sequence[Sweep], iteration: int) -> tuple[int, Ste
     return iteration % len(steps), steps[iteration % len(steps)]
 
 
+def sweep_of_iteration(sweeps: Sequence[Sweep], iteration: int) -> Sweep:
+    """The sweep that has the step of an iteration."""
+    return [sweep for sweep in sweeps for _ in sweep][iteration % sum(map(len, sweeps))]
+
+
 def student_velocity(student: Student, batch: TrajectoryBatch, latents: Latents, sigmas: Sigmas, step: Step) -> Latents:
     """The student's velocity at the start of a step."""
     call = told_call(batch.calls, sigmas, step) if is_told(student, step) else batch.calls[step.start]
