@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 from accvideo.distill import DistillConfig, distill
 from accvideo.generate import sample_clips
 from accvideo.inference.acceleration import Acceleration
-from accvideo.inference.model import load_model, with_arguments
+from accvideo.inference.model import PLAYGROUND_STUDENTS, load_model, with_arguments
+from accvideo.playground.judge import judge
+from accvideo.playground.world import sample_prompts
 from accvideo.types import UserError
 from tests.recorded import record_tiny
 
@@ -80,6 +82,18 @@ def test_student_of_another_teacher_is_refused_quantized_too(folder: Path, tmp_p
     (student / "student.json").write_text(text.replace(known.fingerprints["transformer"], "0" * 64))
     with pytest.raises(UserError, match="student of another teacher"):
         load_model(str(student), acceleration=Acceleration(quantization="int8"))
+
+
+@pytest.mark.parametrize(("name", "num_steps"), [("playground-student", 5), ("playground-student-2", 2)])
+def test_the_students_that_ship_follow_prompts(name: str, num_steps: int):
+    """In as many calls as their names say, and small enough to ship."""
+    assert sum(path.stat().st_size for path in PLAYGROUND_STUDENTS[name].rglob("*")) <= 10_000_000
+    model, prompts = load_model(name), sample_prompts(16, seed=3)
+    right, calls = 0, set[int]()
+    for clips in sample_clips(model, prompts, list(range(16)), batch_size=16):
+        right += int(judge(clips.frames, prompts).all_right.sum())
+        calls.add(clips.denoiser_calls)
+    assert right >= 12 and calls == {num_steps}
 
 
 def test_unknown_models_and_arguments(tmp_path: Path, folder: Path):

@@ -9,7 +9,6 @@ from rich.console import Console
 
 from accvideo.distill import distill
 from accvideo.evaluate import EvaluateConfig, evaluate
-from accvideo.inference.model import PLAYGROUND_STUDENT
 from accvideo.playground.prompts import PromptsConfig, prompts
 from accvideo.record import record
 from accvideo.recording.config import RecordConfig
@@ -84,9 +83,14 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     finished("distill")
 
     say(f"3/3  Compare them on {config.num_prompts} prompts that neither has seen")
-    shipped = ("playground-student",) if (PLAYGROUND_STUDENT / "student.json").exists() else ()
     result = evaluate(
-        EvaluateConfig(student=str(student), out=report, num_prompts=config.num_prompts, seed=config.seed, also=shipped)
+        EvaluateConfig(
+            student=str(student),
+            out=report,
+            num_prompts=config.num_prompts,
+            seed=config.seed,
+            also=("playground-student",),
+        )
     )
     finished("evaluate")
     page = (report / "index.html").resolve()

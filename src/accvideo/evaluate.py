@@ -22,7 +22,15 @@ from rich.progress import Progress
 from accvideo.command import Prompt, progress_bar, read_prompt_file
 from accvideo.generate import batches, with_prompts
 from accvideo.inference.acceleration import Acceleration
-from accvideo.inference.model import PLAIN, Dtype, Model, load_model, student_folder, with_scheduler
+from accvideo.inference.model import (
+    PLAIN,
+    PLAYGROUND_STUDENTS,
+    Dtype,
+    Model,
+    load_model,
+    student_folder,
+    with_scheduler,
+)
 from accvideo.inference.student_config import StudentConfig, read_student_config
 from accvideo.playground.world import sample_prompts
 from accvideo.recording.workers import Claims, Place, find_place, own_device
@@ -45,7 +53,7 @@ class EvaluateConfig:
     """Compares a student with its teacher and writes a report."""
 
     student: tyro.conf.Positional[str]
-    """Folder of a student, or `playground-student`."""
+    """Folder of a student, or `playground-student`, or `playground-student-2`."""
     out: Path
     """Folder of the report; a killed evaluation in it goes on."""
     teacher: str | None = None
@@ -255,7 +263,7 @@ def check_teacher(name: str) -> Path | None:
     Raises:
         UserError: It is a student.
     """
-    folder = student_folder(name) if name == "playground-student" else teacher_path(name)
+    folder = student_folder(name) if name in PLAYGROUND_STUDENTS else teacher_path(name)
     if folder is not None and (folder / "student.json").is_file():
         raise UserError(f"{name} is a student, not a teacher; give it with --also")
     return folder

@@ -34,8 +34,9 @@ from accvideo.teacher import (
 )
 from accvideo.types import UserError
 
-PLAYGROUND_STUDENT = Path(__file__).parents[1] / "playground" / "student"
-"""Folder of the student that ships with the package."""
+PLAYGROUND = Path(__file__).parents[1] / "playground"
+PLAYGROUND_STUDENTS = {"playground-student": PLAYGROUND / "student", "playground-student-2": PLAYGROUND / "student_2"}
+"""Folders of the students that ship with the package: of five steps, and of two."""
 
 NUM_TEACHER_STEPS = 50
 
@@ -66,18 +67,18 @@ class Model:
 
 
 def student_folder(name: str) -> Path:
-    """The folder of a student; `playground-student` is the one that ships with the package.
+    """The folder of a student, one of those that ship with the package or another.
 
     Raises:
-        UserError: none ships with this version.
+        UserError: it does not ship with this version.
     """
-    if name != "playground-student":
+    if name not in PLAYGROUND_STUDENTS:
         return Path(name)
-    if not (PLAYGROUND_STUDENT / "student.json").exists():
+    if not (PLAYGROUND_STUDENTS[name] / "student.json").exists():
         raise UserError(
-            "no student ships with this version of accvideo; `accvideo demo` makes one in runs/demo/student"
+            f"{name} does not ship with this version of accvideo; `accvideo demo` makes a student, runs/demo/student"
         )
-    return PLAYGROUND_STUDENT
+    return PLAYGROUND_STUDENTS[name]
 
 
 def load_model(
@@ -115,7 +116,7 @@ def find_model(
     Raises:
         UserError: There is no such model.
     """
-    path = student_folder(name) if name == "playground-student" else teacher_path(name)
+    path = student_folder(name) if name in PLAYGROUND_STUDENTS else teacher_path(name)
     if path is not None and (path / "student.json").is_file():
         pipeline, config = load_student(path, dtype, device, quantization)
         sizes = {name: getattr(config, name) for name in ("height", "width", "num_frames")}
@@ -132,7 +133,7 @@ def find_model(
     if path is not None and not (path / "model_index.json").is_file():
         raise UserError(
             f"{name} is no model: it holds neither student.json nor model_index.json\n"
-            "Give playground, playground-student, a folder of a student or a teacher, or a hub id"
+            f"Give playground, {', '.join(PLAYGROUND_STUDENTS)}, a folder of a student or a teacher, or a hub id"
         )
     quantized = None if quantization is None else pipeline_quantization(quantization, dtype)
     pipeline, defaults = load_pipeline(name, dtype, device, quantized, revision), pipeline_defaults(name)
