@@ -104,8 +104,8 @@ CASES: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
         steps(20, **HEADS),
     ),
     "worse_than_start": (
-        [start(), validation(9, error=0.9), validation(19, error=0.4), validation(29, error=0.9)],
-        [start(), validation(9, error=0.9), validation(19, error=0.7)],
+        [start(), validation(9, error=1.2), validation(19, error=0.9), validation(29, error=1.2)],
+        [start(), validation(9, error=1.2), validation(19, error=1.1)],
     ),
     "held_out_rises": (
         [start(), validation(9), validation(19, loss=0.7), validation(29, loss=0.55), validation(39, loss=0.7)],
@@ -144,7 +144,7 @@ def test_an_alarm_rings_beyond_its_limit_only_and_once(name: str):
 
 def test_a_student_that_starts_as_its_teacher_is_told_when_it_becomes_worse():
     """As many steps as the teacher takes, nothing to learn: all errors are 0 before the first update."""
-    same, worse = (validation(i, loss=error, error=error) for i, error in ((9, 0.0), (19, 2e-6)))
+    same, worse = (validation(i, loss=error, error=error) for i, error in ((9, 0.0), (19, 3e-6)))
     lines = [start(loss=0.0, error=0.0), *steps(2, trajectory_loss=0.0, **PULL), same]
     assert rung(lines, 2) == {}
     lines += [worse, worse | {"iteration": 29}]
