@@ -47,7 +47,7 @@ class GenerateConfig:
     """Makes videos with a teacher or a student."""
 
     model: tyro.conf.Positional[str]
-    """`playground`, `playground-student`, a folder of a teacher or a student, or a hub id."""
+    """`playground`, `playground-student`, `playground-student-2`, a folder of a teacher or a student, or a hub id."""
     out: Path
     """A file (.mp4, .webp or .gif) or a folder for numbered mp4 files; an interrupted generation in it goes on."""
     prompt: str | None = None
