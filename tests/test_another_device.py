@@ -29,7 +29,6 @@ CHOSEN = ("wan-experts", "wan-vace", "hunyuan-i2v", "kandinsky5-i2v", "cosmos-i2
 
 LESSONS: dict[str, dict[str, Any]] = {
     "consistency": {"full": True, "loss": "consistency"},
-    "correction": {"full": True, "loss": "correction", "adversarial_weight": 0, "correction_levels": (0.01, 0.99)},
     "trajectory": {"update": "shared", "num_validation": 1, "lora_rank": 2},
 }
 
