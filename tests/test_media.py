@@ -1,11 +1,15 @@
 """Where an argument names an image or a video, what is in the file takes its place."""
 
+from typing import Any
+
+import av
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from accvideo.media import load_media, read_video
+from accvideo.media import check_media, load_media, read_image, read_video
+from accvideo.recording.captions import count_frames
 from accvideo.types import UserError
 from accvideo.video import write_video
 from tests.families import write_media
@@ -41,3 +45,27 @@ def test_what_is_no_file_of_that_kind_is_refused(tmp_path, name):
         (tmp_path / f"text.{suffix}").write_text("a thesis")
     with pytest.raises(UserError, match=f"cannot read the (image|video) .*{name}"):
         load_media({"image": name}, tmp_path)
+
+
+def test_names_too_long_for_a_file_are_of_none(tmp_path):
+    with pytest.raises(UserError, match="there is no such file"):
+        check_media({"image": "a" * 300 + ".png"}, tmp_path)
+
+
+def test_damages_that_the_readers_do_not_foresee_are_told(tmp_path):
+    """An image that claims more pixels than memory holds, and a video whose title is no UTF-8."""
+    Image.new("L", (8, 8)).save(tmp_path / "a.gif")
+    huge = (tmp_path / "a.gif").read_bytes()[:6] + b"\xff\xff\xff\xff"
+    (tmp_path / "a.png").write_bytes(huge + (tmp_path / "a.gif").read_bytes()[10:])
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        container.metadata["title"] = "abcdefgh"
+        stream: Any = container.add_stream("libx264", rate=8)
+        stream.width = stream.height = 32
+        container.mux([*stream.encode(av.VideoFrame(32, 32, "yuv420p")), *stream.encode()])
+    (tmp_path / "a.mkv").write_bytes((tmp_path / "a.mkv").read_bytes().replace(b"abcdefgh", b"abcd\xffabc"))
+    with pytest.raises(UserError, match="cannot read the image"):
+        read_image(tmp_path / "a.png")
+    with pytest.raises(UserError, match="cannot read the video"):
+        read_video(tmp_path / "a.mkv")
+    with pytest.raises(UserError, match="cannot read the video"):
+        count_frames(tmp_path / "a.mkv")

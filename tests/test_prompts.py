@@ -1,18 +1,24 @@
 import io
 import json
 import sys
+from contextlib import suppress
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
 
 from accvideo.command import Prompt, read_prompt_file
 from accvideo.recording.prompts import PromptsConfig, is_held_out, near_duplicates, normal_form, prompts
 from accvideo.types import UserError
+from tests.test_command import BYTES, LETTERS
+from tests.test_trajectory import JSON
 from tests.tiny import tiny_image
 
 WORDS = ["red", "blue", "tall", "small", "quick", "calm", "round", "bright"]
@@ -178,12 +184,13 @@ def test_a_bad_prompt_is_named_or_skipped(tmp_path: Path, name: str, capsys: pyt
     [
         ("a.csv", b"caption\na fox\n", "no column `prompt`; the columns are caption"),
         ("a.csv", b"prompt,image\na fox, brown,a.png\n", "row 1: more cells than columns"),
-        ("a.csv", b'prompt\n"' + b"x" * 200_000 + b'"\n', "field larger than"),
+        ("a.csv", b'prompt\n"' + b"x" * 200_000 + b'"\n', "row 1: 200000 characters; at most 4000"),
+        ("a.csv", b"prompt,size\na," + b"[" * 100_000, "row 1: the cell of `size` holds lists or objects"),
         ("a.csv", b"", "holds no prompts"),
         ("a.txt", b"\n\n", "holds no prompts"),
         ("a.txt", b"caf\xe9\n", "cannot read .*utf-8"),
         ("a.jsonl", b'{"prompt": "a"}\n["b"]\n', "line 2: not a JSON object"),
-        ("a.jsonl", b'{"prompt": ' * 100_000, "line 1: not a JSON object"),
+        ("a.jsonl", b'{"prompt": ' * 100_000, "line 1: lists or objects more than"),
         ("a.parquet", b"PAR1 no more", "cannot read"),
         ("a.xlsx", b"", "cannot read .*ending in one of"),
         ("missing.txt", None, "No such file"),
@@ -232,3 +239,82 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatc
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str):
     with pytest.raises(UserError, match=message):
         PromptsConfig(**{"sources": (Path("in.txt"),)} | settings)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (datetime(2025, 1, 1), "the value for `size` cannot be written as JSON"),
+        ([b"a"], "the value for `size` cannot be written as JSON"),
+        ("\ud800", "the value for `size` holds half of a character"),
+        ("a" * 300 + ".png", "there is no file"),
+    ],
+)
+def test_kept_values_that_no_file_of_prompts_can_hold_are_bad(tmp_path: Path, value: Any, message: str, suffix: str):
+    rows = [{"prompt": "a fox"}, {"prompt": "a hen", "size": value}]
+    if isinstance(value, str):
+        (tmp_path / "in.jsonl").write_text("".join(json.dumps({"size": None} | row) + "\n" for row in rows))
+    else:
+        parquet.write_table(pyarrow.Table.from_pylist(rows[::-1]), tmp_path / "in.parquet")
+    (source,) = tmp_path.glob("in.*")
+    config = PromptsConfig(sources=(source,), out=tmp_path / f"out{suffix}", keep=("size",))
+    with pytest.raises(UserError, match=message):
+        prompts(config)
+    assert prompts(replace(config, skip_bad=True))["num_bad"] == 1
+
+
+def gather(folder: Path, name: str, data: bytes, skip_bad: bool, suffix: str) -> None:
+    """Prompts and images of a table of anybody: written so that they are read again, or refused."""
+    (folder / name).write_bytes(data)
+    config = PromptsConfig(
+        sources=(folder / name,), out=folder / f"out{suffix}", keep=("image", "size"), skip_bad=skip_bad
+    )
+    with suppress(UserError):
+        assert prompts(config)["num_prompts"] == len(read_prompt_file(config.out))
+
+
+ENDS = st.sampled_from([".csv", ".jsonl"])
+
+
+@settings(max_examples=200, deadline=None)
+@given(BYTES, ENDS, st.booleans(), ENDS)
+def test_a_table_of_anybody_is_refused_or_gathered(tmp_path_factory: pytest.TempPathFactory, data, kind, skip, out):
+    gather(tmp_path_factory.getbasetemp(), f"anybody{kind}", data, skip, out)
+
+
+IMAGES = st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "DDS", "TIFF"])
+EDITS = st.lists(st.tuples(st.integers(0, 120), st.integers(0, 255)), min_size=1, max_size=8)
+
+
+def edited(data: bytes, edits: list[tuple[int, int]]) -> bytes:
+    """With other bytes at some places."""
+    changed = bytearray(data)
+    for place, byte in edits:
+        changed[place % len(data)] = byte
+    return bytes(changed)
+
+
+@settings(max_examples=200, deadline=None)
+@given(IMAGES, EDITS, st.booleans(), ENDS)
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
+def test_images_of_anybody_are_refused_or_gathered(tmp_path_factory: pytest.TempPathFactory, kind, edits, skip, out):
+    sink, table = io.BytesIO(), io.BytesIO()
+    tiny_image(0).save(sink, kind)
+    rows = [{"prompt": "a fox", "image": edited(sink.getvalue(), edits), "size": 1}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), table)
+    gather(tmp_path_factory.getbasetemp(), "images.parquet", table.getvalue(), skip, out)
+
+
+@settings(max_examples=200, deadline=None)
+@given(JSON | st.text(LETTERS, max_size=4) | st.dates() | st.decimals(), EDITS | st.just([]), st.booleans(), ENDS)
+def test_parquet_of_anybody_is_refused_or_gathered(tmp_path_factory: pytest.TempPathFactory, value, edits, skip, out):
+    """Any value in a column, and bytes of the file changed."""
+    table, size = io.BytesIO(), None
+    with suppress(pyarrow.ArrowException, OverflowError, UnicodeError, TypeError):
+        size = pyarrow.array([None, value])
+    assume(size is not None)
+    with suppress(pyarrow.ArrowException):
+        parquet.write_table(pyarrow.table({"prompt": ["a fox", "a hen"], "image": ["", None], "size": size}), table)
+    places = [(place * len(table.getvalue()) // 120, byte) for place, byte in edits] if table.getvalue() else []
+    gather(tmp_path_factory.getbasetemp(), "any.parquet", edited(table.getvalue(), places), skip, out)

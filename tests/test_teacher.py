@@ -194,6 +194,7 @@ def test_defaults_and_provenance_of_a_folder(folder, tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A teacher\n")
     assert pipeline_defaults(str(tmp_path)) == {"height": 64}
     assert provenance(str(tmp_path)) == (None, "apache-2.0")
-    (tmp_path / "accvideo.json").write_text("{")
-    with pytest.raises(UserError, match="accvideo.json is not JSON"):
-        pipeline_defaults(str(tmp_path))
+    for text in ("{", "[" * 100_000):
+        (tmp_path / "accvideo.json").write_text(text)
+        with pytest.raises(UserError, match="accvideo.json is not JSON"):
+            pipeline_defaults(str(tmp_path))

@@ -4,7 +4,7 @@ import csv
 import inspect
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,13 @@ from diffusers import DiffusionPipeline
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from accvideo.data.schema import TooDeepError, loads
 from accvideo.types import UserError
 
 DEFAULT_FPS = 16
 """Frames a second of a pipeline that does not say."""
+MAX_ARGUMENT_DEPTH = 20
+"""Of lists and objects within each other in an argument of a call; the records they are written to may be deeper."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,9 @@ def read_prompt_file(path: Path) -> list[Prompt]:
         raise UserError(f"cannot read the prompts {path}: {error}; {form}") from error
     lines = text.split("\n")  # not `splitlines`, which also splits at form feeds and Unicode's own separators
     if path.suffix.lower() == ".csv":
-        csv.field_size_limit(max(len(text), 1))
-        table = csv.DictReader(io.StringIO(text))
-        cells = [{name: cell_value(name, cell) for name, cell in row.items()} for row in table]
-        rows = [(f"row {number}", row) for number, row in enumerate(cells, 1)]
+        rows = list(csv_rows(path, text))
     elif path.suffix.lower() == ".jsonl":
-        numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-        rows = [(f"line {number}", _json_row(path, number, line)) for number, line in numbered]
+        rows = list(json_rows(path, text))
     else:
         rows = [("", {"prompt": line.strip()}) for line in lines if line.strip()]
     if not rows:
@@ -63,23 +62,57 @@ def read_prompt_file(path: Path) -> list[Prompt]:
     return [_prompt(path, place, row) for place, row in rows]
 
 
-def cell_value(name: str | None, text: Any) -> Any:
-    """A number, true or list where the text of a cell is one; prompts stay text."""
+def csv_rows(path: Path, text: str, column: str = "prompt") -> Iterator[tuple[str, dict[Any, Any]]]:
+    """The rows of a .csv file, each with its place in it; the cells of a column of prompts stay text.
+
+    Raises:
+        UserError: the text is no table, or a cell is JSON nested too deep.
+    """
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+    try:
+        for number, row in enumerate(csv.DictReader(io.StringIO(text, newline="")), 1):
+            place = f"row {number}"
+            yield place, {k: v if k == column else cell_value(f"{path}, {place}", k, v) for k, v in row.items()}
+    except csv.Error as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def cell_value(place: str, name: str | None, text: Any) -> Any:
+    """A number, true or list where the text of a cell is one; prompts stay text.
+
+    Raises:
+        UserError: it is JSON nested too deep.
+    """
     if name is None or "prompt" in name:
         return text
     try:
-        return json.loads(text)
+        return loads(text, MAX_ARGUMENT_DEPTH)
+    except TooDeepError as error:
+        raise UserError(f"{place}: the cell of `{name}` holds {error}") from error
     except (ValueError, TypeError):
         return text
 
 
-def _json_row(path: Path, number: int, line: str) -> dict[str, Any]:
+def json_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a .jsonl file, each with its place in it.
+
+    Raises:
+        UserError: a line is none, or nested too deep.
+    """
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield f"line {number}", _json_row(f"{path}, line {number}", line)
+
+
+def _json_row(place: str, line: str) -> dict[str, Any]:
     try:
-        if isinstance(row := json.loads(line), dict):
+        if isinstance(row := loads(line, MAX_ARGUMENT_DEPTH + 1), dict):
             return row
-    except (ValueError, RecursionError):
+    except TooDeepError as error:
+        raise UserError(f"{place}: {error}") from error
+    except ValueError:
         pass
-    raise UserError(f'{path}, line {number}: not a JSON object; write {{"prompt": "a red square", "image": "a.png"}}')
+    raise UserError(f'{place}: not a JSON object; write {{"prompt": "a red square", "image": "a.png"}}')
 
 
 def _prompt(path: Path, place: str, row: dict[Any, Any]) -> Prompt:
@@ -150,7 +183,9 @@ def parse_pipeline_args(texts: Sequence[str]) -> dict[str, Any]:
         try:
             if not equals:
                 raise ValueError
-            arguments[name] = json.loads(value)
+            arguments[name] = loads(value, MAX_ARGUMENT_DEPTH)
+        except TooDeepError as error:
+            raise UserError(f"--pipeline-arg {name} holds {error}") from None
         except ValueError:
             raise UserError(
                 f"--pipeline-arg {text} is not NAME=JSON; write max_sequence_length=16, or 'negative_prompt=\"blurry\"'"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import av
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from accvideo.types import UserError
 
@@ -23,7 +23,7 @@ def read_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
+    except Exception as error:  # of many kinds: Pillow's readers do not foresee every damage
         raise UserError(f"cannot read the image {path}: {error}") from error
 
 
@@ -36,7 +36,7 @@ def read_video(path: Path) -> list[Image.Image]:
     try:
         with av.open(str(path)) as container:
             frames = [frame.to_image() for frame in container.decode(video=0)]
-    except (OSError, IndexError, av.FFmpegError) as error:
+    except (OSError, IndexError, ValueError, av.FFmpegError) as error:  # ValueError: tags that are no UTF-8
         raise UserError(f"cannot read the video {path}: {error}") from error
     if not frames:
         raise UserError(f"the video {path} has no frames")
@@ -72,8 +72,16 @@ def check_media(arguments: Mapping[str, Any], folder: Path = Path()) -> None:
     """
     for name, value in arguments.items():
         for each in value if isinstance(value, list) else [value]:
-            if (kind := medium(name, each)) is not None and not (folder / each).is_file():
+            if (kind := medium(name, each)) is not None and not is_file(folder / each):
                 raise UserError(f"cannot read the {kind} {folder / each}: there is no such file")
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; there is none of a name that is too long for one."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def media_digests(arguments: Mapping[str, Any], folder: Path = Path()) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard, try_to_load_from_cache
 from torch import Tensor, nn
 
 from accvideo.call import Block, DenoiserCall, capture_call, flatten
+from accvideo.data.schema import loads
 from accvideo.flow import euler_step
 from accvideo.recording.solvers import Step
 from accvideo.types import Latents, UserError
@@ -73,7 +74,7 @@ def pipeline_defaults(name: str) -> dict[str, Any]:
     if path is None or not (path / "accvideo.json").is_file():
         return {}
     try:
-        return json.loads((path / "accvideo.json").read_text("utf-8"))
+        return loads((path / "accvideo.json").read_text("utf-8"))
     except ValueError as error:
         raise UserError(f"{path / 'accvideo.json'} is not JSON: {error}") from error
 

@@ -7,6 +7,35 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Record = TypeVar("Record")
 
+MAX_DEPTH = 100
+"""Of lists and objects within each other. Python's recursion ends at about a thousand calls, some of them a level."""
+
+
+class TooDeepError(ValueError):
+    """JSON whose lists and objects lie deeper within each other than is allowed."""
+
+
+def loads(text: str | bytes, max_depth: int = MAX_DEPTH) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is none.
+        TooDeepError: it is nested deeper than `max_depth`.
+    """
+    try:
+        value = json.loads(text)
+        if not is_deep(value, max_depth):
+            return value
+    except RecursionError:
+        pass
+    raise TooDeepError(f"lists or objects more than {max_depth} deep within each other")
+
+
+def is_deep(value: Any, limit: int) -> bool:
+    """Whether lists and objects of a JSON value lie more than `limit` deep within each other."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return inner is not None and (limit == 0 or any(is_deep(each, limit - 1) for each in inner))
+
 
 def parse(kind: type[Record], text: str | bytes) -> Record:
     """The dataclass that a JSON object describes; fields with a default may be left out.
@@ -14,10 +43,7 @@ def parse(kind: type[Record], text: str | bytes) -> Record:
     Raises:
         ValueError: it is no such object, or a value is not of the type that the field is annotated with.
     """
-    try:
-        values = json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deep") from None
+    values = loads(text)
     if not isinstance(values, dict):
         raise ValueError(f"a JSON {type(values).__name__}, not an object")
     own: Any = kind

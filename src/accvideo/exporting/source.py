@@ -1,6 +1,5 @@
 """A student with as much of its teacher as an export needs; no weight is read before it is written."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 
+from accvideo.data.schema import loads
 from accvideo.exporting.lora import merge_lora, read_lora
 from accvideo.exporting.weights import LazyTensor, Weights, read_weights
 from accvideo.inference.student_config import StudentConfig
@@ -133,6 +133,6 @@ def read_json(path: Path) -> Any:
         UserError: it cannot be read.
     """
     try:
-        return json.loads(path.read_text("utf-8"))
+        return loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from error

@@ -191,7 +191,13 @@ def takes_euler_steps(scheduler: Any, sigmas: list[float]) -> bool:
 
 
 def make_scheduler(description: Mapping[str, Any]) -> SchedulerMixin:
-    """The scheduler of a "class" (of diffusers, or `KeyPointScheduler`) and "config"."""
+    """The scheduler of a "class" (of diffusers, or `KeyPointScheduler`) and "config".
+
+    Raises:
+        UserError: there is no such class.
+    """
     name = description["class"]
-    scheduler_class: Any = KeyPointScheduler if name == KeyPointScheduler.__name__ else getattr(diffusers, name)
+    scheduler_class: Any = KeyPointScheduler if name == KeyPointScheduler.__name__ else getattr(diffusers, name, None)
+    if SchedulerMixin not in getattr(scheduler_class, "__mro__", ()):
+        raise UserError(f"diffusers {diffusers.__version__} has no scheduler {name}; install a version that has")
     return scheduler_class.from_config(description["config"])

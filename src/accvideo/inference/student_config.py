@@ -1,7 +1,6 @@
 """What a student's folder says of it: its noise levels, sizes and arguments, and whose student it is."""
 
 import inspect
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from accvideo.call import DenoiserCall
 from accvideo.data.manifest import Manifest
+from accvideo.data.schema import parse
 from accvideo.flow import even_grid
 from accvideo.inference.schedulers import KeyPointScheduler, scheduler_timestep, student_scheduler, told_timestep
 from accvideo.types import UserError
@@ -63,6 +63,22 @@ class StudentConfig:
     """Of the recorded trajectories; None: `teacher_num_steps`."""
     other_num_steps: list[int] = field(default_factory=list)
     """Further numbers of steps that it was trained for; its scheduler knows their noise levels."""
+
+    def __post_init__(self) -> None:
+        if (len(self.sigmas), len(self.timesteps)) != (self.num_steps + 1, self.num_steps) or self.num_steps < 1:
+            raise ValueError(
+                f"{len(self.sigmas)} sigmas and {len(self.timesteps)} timesteps for num_steps={self.num_steps}"
+            )
+        if wrong := [sigma for sigma in self.sigmas if not 0 <= sigma < 1.001]:
+            raise ValueError(f"a sigma of {str(wrong[0])[:20]}; a flow's are from 0 to 1")
+        for name, each in (("scheduler", self.scheduler), ("teacher_scheduler", self.teacher_scheduler)):
+            if each is not None and not is_scheduler(each):
+                raise ValueError(f"{name} is not a `class` of diffusers and a `config`")
+
+
+def is_scheduler(description: dict[str, Any]) -> bool:
+    """Whether a description names the class of a scheduler and holds a configuration for it."""
+    return isinstance(description.get("class"), str) and isinstance(description.get("config"), dict)
 
 
 def student_config(
@@ -167,13 +183,13 @@ def read_student_config(folder: Path) -> StudentConfig:
     """The configuration of the student in `folder`.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it is not one that accvideo wrote.
     """
     try:
-        return StudentConfig(**json.loads((folder / "student.json").read_text("utf-8")))
+        return parse(StudentConfig, (folder / "student.json").read_text("utf-8"))
     except FileNotFoundError:
         raise UserError(
             f"{folder} holds no finished student (no student.json); make one with accvideo distill"
         ) from None
-    except (ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{folder / 'student.json'} is damaged: {error}") from error

@@ -191,7 +191,7 @@ def count_frames(path: Path) -> int:
             next(container.decode(video=0))
         with av.open(str(path)) as container:
             return sum(packet.size > 0 for packet in container.demux(video=0))
-    except (OSError, IndexError, StopIteration, av.FFmpegError) as error:
+    except (OSError, IndexError, ValueError, StopIteration, av.FFmpegError) as error:
         raise UserError(f"cannot read the video {path}: {str(error) or 'no frames'}") from error
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tyro.conf import Positional
 
-from accvideo.command import Prompt, cell_value
-from accvideo.media import medium
+from accvideo.command import MAX_ARGUMENT_DEPTH, Prompt, csv_rows, json_rows
+from accvideo.data.schema import is_deep
+from accvideo.media import is_file, medium
 from accvideo.recording.captions import CaptionConfig, caption_folder
 from accvideo.trajectory import write_whole
 from accvideo.types import UserError
@@ -216,31 +217,11 @@ def text_rows(path: Path, suffix: str, column: str) -> Iterator[Row]:
         if suffix == ".txt":
             yield from ((f"line {i}", {column: line}) for i, line in enumerate(text.split("\n"), 1) if line.strip())
         elif suffix == ".csv":
-            rows = csv.DictReader(io.StringIO(text, newline=""))
-            for i, row in enumerate(rows, 1):
-                yield (
-                    f"row {i}",
-                    {name: cell if name == column else cell_value(name, cell) for name, cell in row.items()},
-                )
+            yield from csv_rows(path, text, column)
         else:
-            lines = ((i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip())
-            yield from ((f"line {i}", json_row(path, i, line)) for i, line in lines)
-    except (OSError, UnicodeError, csv.Error) as error:
+            yield from json_rows(path, text)
+    except (OSError, UnicodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
-
-
-def json_row(path: Path, number: int, line: str) -> dict[str, Any]:
-    """The object of a line.
-
-    Raises:
-        UserError: it is none.
-    """
-    try:
-        if isinstance(row := json.loads(line), dict):
-            return row
-    except (ValueError, RecursionError):
-        pass
-    raise UserError(f'{path}, line {number}: not a JSON object; write {{"prompt": "a red square"}}')
 
 
 def parquet_rows(path: Path) -> Iterator[Row]:
@@ -257,7 +238,7 @@ def parquet_rows(path: Path) -> Iterator[Row]:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"row {number}", row
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise UserError(f"cannot read {path}: {error}") from error
 
 
@@ -275,6 +256,9 @@ def row_prompt(folder: Path, cells: Mapping[Any, Any], config: PromptsConfig, ke
         arguments = {argument: media_file(folder, argument, value, config.out) for argument, value in given.items()}
     except UserError as error:
         return str(error)
+    for argument, value in arguments.items():
+        if problem := value_problem(value):
+            return f"the value for `{argument}` {problem}"
     return Prompt(one_line(text or ""), arguments)
 
 
@@ -298,7 +282,7 @@ def media_file(folder: Path, argument: str, value: Any, out: Path) -> Any:
     value = name if isinstance(value, dict) else value
     if medium(argument, value) is None:
         return value
-    if not (folder / value).is_file():
+    if not is_file(folder / value):
         raise UserError(f"there is no file {folder / value}")
     return os.path.relpath((folder / value).resolve(), out.parent.resolve())
 
@@ -313,7 +297,7 @@ def suffix_of(data: bytes, name: str | None) -> str:
         with Image.open(io.BytesIO(data)) as image:
             image.verify()
             return f".{str(image.format).lower()}".replace(".jpeg", ".jpg")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
+    except Exception:  # of many kinds: Pillow's readers do not foresee every damage
         suffix = Path(name or "").suffix.lower()
         if medium("", f"a{suffix}") == "video":
             return suffix
@@ -331,6 +315,19 @@ def text_problem(text: str, max_characters: int) -> str | None:
         if unicodedata.category(character) in ("Cc", "Cs") and character not in "\t\r\n":
             return f"the control character U+{ord(character):04X} at position {i}"
     return None if normal_form(text) else f"no words in {text!r}" if text.strip() else "an empty prompt"
+
+
+def value_problem(value: Any) -> str | None:
+    """What is wrong with a value that is kept for a file of prompts, or None."""
+    if is_deep(value, MAX_ARGUMENT_DEPTH):
+        return f"holds lists or objects more than {MAX_ARGUMENT_DEPTH} deep within each other"
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return f"holds half of a character, {str(error.object)[error.start]!r}"
+    except TypeError as error:
+        return f"cannot be written as JSON ({error})"
+    return None
 
 
 def one_line(text: str) -> str:

@@ -6,13 +6,13 @@ means; the total is four parts quality and one part semantics. The totals of the
 there to a hundredth.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accvideo.data.schema import loads
 from accvideo.types import UserError
 
 
@@ -89,7 +89,7 @@ def read_scores(folder: Path) -> dict[str, Score]:
     scores: dict[str, Score] = {}
     for path in sorted(folder.glob("*_eval_results.json"), key=lambda path: path.name):
         try:
-            results = json.loads(path.read_text("utf-8"))
+            results = loads(path.read_text("utf-8"))
             read = {name: Score(float(value[0]), len(value[1]), path.name) for name, value in results.items()}
         except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise UserError(f"{path} holds no results of `vbench evaluate`: delete it, and measure again") from error

@@ -5,7 +5,6 @@ by names made of the prompts. Of any other prompts it measures those dimensions 
 takes the prompts from a file.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from accvideo.command import Prompt, read_prompt_file
+from accvideo.data.schema import loads
 from accvideo.types import UserError
 from accvideo.vbench.scores import ANY_PROMPT, DIMENSIONS
 
@@ -172,7 +172,7 @@ def read_listing(path: Path) -> list[dict[str, Any]]:
         UserError: the file is not of that form.
     """
     try:
-        listing = json.loads(path.read_text("utf-8"))
+        listing = loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}; give VBench's {LIST_NAME}") from error
     if not isinstance(listing, list) or not listing or not all(map(is_entry, listing)):
