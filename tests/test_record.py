@@ -31,7 +31,7 @@ from accvideo.teacher import denoisers, item_generator, load_pipeline, watch
 from accvideo.trajectory import read_trajectory, trajectory_name, write_trajectory
 from accvideo.types import UserError
 from tests.test_trajectory import make_manifest
-from tests.test_workers import end_of, fork
+from tests.test_workers import PLANTED, end_of, end_within, foreign_claim, fork, plant
 from tests.tiny import TINY_CALL, TINY_FAMILIES, tiny_image, tiny_wan_i2v_pipeline, tiny_wan_pipeline
 
 SIZES: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 5, "pipeline_arg": ("max_sequence_length=16",)}
@@ -322,6 +322,48 @@ def test_each_worker_reads_its_share_whole(quick):
     assert found == [[(4, (8,))], [(1, (3,)), (4, (8,))]]
     assert sum(end_of(fork(work(quick, rank, 2))) for rank in range(2)) == 2
     assert verify(quick.out) == []
+
+
+@pytest.mark.parametrize("kind", PLANTED)
+def test_what_is_planted_in_the_place_of_claims_neither_stops_nor_misleads(quick, tmp_path, kind):
+    """A pipe, links to what never ends, to a file outside and to nothing, a large file: the bytes are as ever."""
+    record(quick)
+    again = replace(quick, out=tmp_path / "again")
+    again.out.mkdir()
+    outside = foreign_claim(tmp_path, "elsewhere", age=0)
+    before = outside.read_bytes(), outside.stat().st_mtime_ns
+    for name in ("manifest", "block-0", "block-3"):
+        plant(kind, again.out / f".{name}.claim", outside)
+    assert end_within(work(again)) == 12
+    assert contents(again.out) == contents(quick.out)
+    assert (outside.read_bytes(), outside.stat().st_mtime_ns) == before
+
+
+@pytest.mark.parametrize("kind", [kind for kind in PLANTED if kind != "nowhere"])
+def test_what_is_planted_in_the_place_of_trajectories_is_replaced(quick, tmp_path, kind):
+    """In the worker's own share, which it reads whole, and in another's, of which it reads the headers."""
+    record(quick)
+    whole, outside = contents(quick.out), tmp_path / "outside"
+    outside.write_bytes(whole[trajectory_name(1)])
+    for index in (1, 3):
+        (quick.out / trajectory_name(index)).unlink()
+        plant(kind, quick.out / trajectory_name(index), outside)
+    assert end_within(work(quick, 0, 2)) == 2
+    assert contents(quick.out) == whole and not any(path.is_symlink() for path in quick.out.iterdir())
+    assert outside.read_bytes() == whole[trajectory_name(1)]
+
+
+def test_a_link_to_nothing_in_the_place_of_a_trajectory_is_told(quick):
+    record(quick)
+    for index, rank in ((1, 0), (3, 0)):
+        path = quick.out / trajectory_name(index)
+        data = path.read_bytes()
+        path.unlink()
+        path.symlink_to(quick.out / "nowhere")
+        with Recorder(quick, Place(rank, 2)) as recorder, pytest.raises(UserError, match=f"00000{index}.*No such file"):
+            recorder.missing()
+        path.unlink()
+        path.write_bytes(data)
 
 
 def test_a_worker_takes_the_accelerator_of_its_own(monkeypatch):

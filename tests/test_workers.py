@@ -2,17 +2,27 @@
 
 import json
 import os
+import resource
 import signal
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import tqdm.auto
 import tqdm.std
 
-from accvideo.recording.workers import LEFTOVER_SECONDS, BackgroundWriter, Claims, Place, find_place, is_gone
+from accvideo.recording.workers import (
+    LEFTOVER_SECONDS,
+    BackgroundWriter,
+    Claims,
+    Place,
+    at_work,
+    find_place,
+    is_gone,
+)
 from accvideo.types import UserError
 
 ELSEWHERE = "0123456789ab-1-1700000000-abcd"
@@ -36,6 +46,39 @@ def fork(function: Callable[[], int | None]) -> int:
 def end_of(pid: int) -> int:
     """The exit code of a process, negative where a signal ended it; waits for it."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def end_within(function: Callable[[], int | None], seconds: float = 60) -> int:
+    """The exit code of a function in a copy of this process, which may take so long, and 2 GiB of memory."""
+
+    def limited() -> int | None:
+        most = psutil.Process().memory_info().vms + 2 * 1024**3
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        return function()
+
+    pid, deadline = fork(limited), time.monotonic() + seconds
+    while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0:
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+            end_of(pid)
+            pytest.fail(f"has not ended after {seconds:g} seconds")
+        time.sleep(0.01)
+    return os.waitstatus_to_exitcode(ended[1])
+
+
+PLANTED = ("pipe", "device", "outside", "nowhere", "itself", "large")
+
+
+def plant(kind: str, path: Path, outside: Path) -> None:
+    """Puts something at a place that a recorder looks at."""
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "large":
+        with path.open("wb") as file:
+            file.truncate(1 << 36)
+    else:
+        targets = {"device": Path("/dev/zero"), "outside": outside, "nowhere": outside / "nowhere", "itself": path}
+        path.symlink_to(targets[kind])
 
 
 def foreign_claim(folder: Path, name: str, age: float) -> Path:
@@ -161,6 +204,73 @@ def test_rivals_are_those_alive_with_other_work(tmp_path):
     one.close()
     foreign_claim(tmp_path, "block-2", age=1000)
     assert three.rivals() == []
+
+
+@pytest.mark.parametrize("action", ["take", "rivals", "sweep"])
+@pytest.mark.parametrize("kind", PLANTED)
+def test_what_is_no_claim_is_taken_away_and_not_opened(tmp_path, kind, action):
+    """Where a link leads nothing is changed."""
+    (folder := tmp_path / "work").mkdir()
+    outside = foreign_claim(tmp_path, "elsewhere", age=10)
+    before = outside.read_bytes(), outside.stat().st_mtime_ns
+    plant(kind, folder / ".block-1.claim", outside)
+
+    def act() -> None:
+        claims = Claims(folder, "other")
+        assert {"take": lambda: claims.take("block-1"), "rivals": lambda: claims.rivals() == [], "sweep": lambda: True}[
+            action
+        ]()
+        claims.sweep()
+        claims.close()
+
+    assert end_within(act) == 0
+    assert list(folder.iterdir()) == [] and (outside.read_bytes(), outside.stat().st_mtime_ns) == before
+
+
+def test_a_folder_in_the_place_of_a_claim_is_told_and_left_alone(tmp_path):
+    (tmp_path / ".block-1.claim").mkdir()
+    claims = Claims(tmp_path, "w")
+    for action in (lambda: claims.take("block-1"), claims.rivals, claims.sweep):
+        with pytest.raises(UserError, match="block-1.claim is a folder") as error:
+            action()
+        assert len(str(error.value).splitlines()) == 2
+    claims.close()
+    assert [path.name for path in tmp_path.iterdir()] == [".block-1.claim"]
+
+
+def test_a_date_in_the_future_does_not_hold_a_claim(tmp_path):
+    """But for what clocks may differ by."""
+    claims = Claims(tmp_path, "w", stale_after=60)
+    foreign_claim(tmp_path, "block-1", age=-50)
+    foreign_claim(tmp_path, "block-2", age=-1_000_000)
+    assert not claims.take("block-1") and claims.take("block-2")
+    text = (tmp_path / ".block-1.claim").read_text()
+    assert at_work(".block-1.claim", text, -50) and not at_work(".block-1.claim", text, -1_000_000)
+
+
+def test_a_link_in_the_place_of_what_is_held_changes_nothing_elsewhere(tmp_path):
+    """Neither when the claim is touched, nor when it is given back, nor where the time is asked for."""
+    (folder := tmp_path / "work").mkdir()
+    outside = foreign_claim(tmp_path, "elsewhere", age=1000)
+    before = outside.stat().st_mtime_ns
+    claims = Claims(folder, "w", stale_after=0.4)
+    assert claims.take("block-1")
+    (folder / ".block-1.claim").unlink()
+    (folder / ".block-1.claim").symlink_to(outside)
+    (folder / f".clock{claims.writer}.tmp").symlink_to(outside)
+    foreign_claim(folder, "block-2", age=10)
+    with pytest.raises(UserError, match="cannot write to"):
+        claims.take("block-2")
+    assert claims.take("block-2")
+    time.sleep(0.5)
+    claims.close()
+    assert list(folder.iterdir()) == [] and outside.exists() and outside.stat().st_mtime_ns == before
+
+
+def test_what_a_claim_says_is_shown_in_one_line(tmp_path):
+    claim = {"owner": f".{ELSEWHERE}", "host": "a\n\x1b[2Jb", "pid": "9" * 3000, "work": "other"}
+    (tmp_path / ".block-1.claim").write_text(json.dumps(claim))
+    assert Claims(tmp_path, "w").rivals() == [f"process {'9' * 100} on a[2Jb"]
 
 
 def test_leftovers_are_swept(tmp_path):

@@ -12,11 +12,9 @@ from accvideo.command import (
 )
 from accvideo.data.manifest import MANIFEST, Manifest, read_manifest
 from accvideo.data.schema import parse
+from accvideo.data.storage import MAX_BYTES, LocalStorage, check_size
 from accvideo.recording.workers import CLAIM, PARTIAL, Claims
-from accvideo.trajectory import (
-    Header,
-    write_whole,
-)
+from accvideo.trajectory import MAX_HEADER_BYTES, Header, write_whole
 from accvideo.types import UserError
 
 NOT_IDENTITY = ("num_trajectories", "denoiser_calls", "versions")
@@ -95,7 +93,10 @@ def read_header(path: Path) -> Header:
     Raises:
         UserError: the file is missing, truncated or no trajectory.
     """
+    size = LocalStorage(path.parent).read(path.name, 0, 8)  # refuses links out of the folder, pipes and devices
     try:
+        check_size(str(path), path.stat().st_size, MAX_BYTES)
+        check_size(f"the header of {path}", int.from_bytes(size, "little"), MAX_HEADER_BYTES)
         with safe_open(path, "pt") as file:
             return parse(Header, file.metadata()["accvideo"])
     except OSError as error:

@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import secrets
+import stat
 import threading
 import time
 from collections import deque
@@ -34,6 +35,8 @@ STALE_SECONDS = 120.0
 """Age at which a claim of another machine counts as left behind; clocks may differ by less."""
 LEFTOVER_SECONDS = 3600.0
 """Age at which a half-written file of another machine counts as left behind."""
+MAX_CLAIM_BYTES = 4096
+"""The most that is read of a claim, which has about 250."""
 
 CLAIM = re.compile(r"\.[a-z]+(-\d+)?\.claim")
 OWNER = re.compile(r"\.(?P<machine>[0-9a-f]{12})-(?P<pid>\d+)-(?P<start>\d+)-[0-9a-f]{4}")
@@ -96,11 +99,31 @@ def is_gone(owner: str) -> bool:
     return start is None or abs(start - int(match["start"])) > 2  # the clock may have been set since
 
 
+def look_at(path: Path) -> tuple[str, float]:
+    """The text of a claim and when it was touched, in seconds; nothing and 0, so long ago, of what is none.
+
+    That is a link, a pipe, a device or a large file: no recorder makes one there, and it is not opened.
+
+    Raises:
+        UserError: it is a folder, which is not taken away as others that are no claims are.
+        OSError: it is not there, or cannot be read.
+    """
+    about = path.lstat()
+    if stat.S_ISDIR(about.st_mode):
+        raise UserError(f"{path} is a folder, where only the claims of recorders may be\nRemove it")
+    if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_CLAIM_BYTES:
+        return "", 0.0
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # another may lie there since
+    with os.fdopen(descriptor, "rb"):  # opened, it is dated as the server has it, not as this machine remembers it
+        return os.read(descriptor, MAX_CLAIM_BYTES).decode(errors="replace"), os.fstat(descriptor).st_mtime
+
+
 def read_claim(text: str) -> dict[str, str]:
     """Owner, host, process and work in the text of a claim; empty where a machine died before it was on the disk."""
     try:
         claim = json.loads(text)
-        return {name: str(claim[name]) for name in ("owner", "host", "pid", "work")}
+        names = ("owner", "host", "pid", "work")
+        return {name: "".join(filter(str.isprintable, str(claim[name])))[:100] for name in names}
     except (ValueError, KeyError, TypeError, RecursionError):
         return dict.fromkeys(("owner", "host", "pid", "work"), "")
 
@@ -120,7 +143,7 @@ def at_work(name: str, text: str, age: float) -> str | None:
         owner, longest = match["owner"], LEFTOVER_SECONDS
     else:
         return None
-    if is_gone(owner) or age >= longest:
+    if is_gone(owner) or abs(age) >= longest:
         return None
     return f"process {claim['pid']} on {claim['host']}" if claim["pid"] else "a recorder"
 
@@ -188,8 +211,10 @@ class Claims:
         """Those who have claimed something in this folder for other work: host and process of each."""
         found = []
         for path in self.folder.glob(".*.claim"):
-            with suppress(OSError, UnicodeError):
-                claim = read_claim(path.read_text())
+            if not CLAIM.fullmatch(path.name):
+                continue
+            with suppress(OSError):
+                claim = read_claim(look_at(path)[0])
                 if claim["work"] not in (self.work, "") and not self._clear(path):
                     found.append(f"process {claim['pid']} on {claim['host']}")
         return found
@@ -201,7 +226,7 @@ class Claims:
                 if CLAIM.fullmatch(path.name):
                     self._clear(path)
                 elif match := PARTIAL.fullmatch(path.name):
-                    if is_gone(match["owner"]) or self._now() - path.stat().st_mtime > LEFTOVER_SECONDS:
+                    if is_gone(match["owner"]) or abs(self._now() - path.lstat().st_mtime) > LEFTOVER_SECONDS:
                         path.unlink()
 
     def close(self) -> None:
@@ -212,22 +237,21 @@ class Claims:
 
     def _remove(self, path: Path) -> None:
         self._held.discard(path)
-        with suppress(OSError):  # taken over by one who thought this worker dead, or nothing could be written to it
-            if path.read_text() in (self._text, ""):
+        # Taken over by one who thought this worker dead, or nothing could be written to it.
+        with suppress(OSError, UserError):
+            if look_at(path)[0] in (self._text, ""):
                 path.unlink()
 
     def _clear(self, path: Path) -> bool:
         """Removes a claim whose owner is dead or silent; says whether the way is free."""
         try:
-            with path.open(
-                errors="replace"
-            ) as file:  # opened, it is told as the server has it, not as this machine remembers it
-                text, touched = file.read(), os.fstat(file.fileno()).st_mtime
-            if not is_gone(read_claim(text)["owner"]) and self._now() - touched < self.stale_after:
+            text, touched = look_at(path)
+            # A date in the future is no touch: it would hold for ever.
+            if not is_gone(read_claim(text)["owner"]) and abs(self._now() - touched) < self.stale_after:
                 return False
             aside = path.with_name(f"{path.name}{self.writer}.tmp")
             os.rename(path, aside)  # of several who try, one succeeds
-            if aside.read_text(errors="replace") != text:  # which has taken the place since
+            if look_at(aside)[0] != text:  # which has taken the place since
                 os.rename(aside, path)
                 return False
             aside.unlink()
@@ -239,8 +263,8 @@ class Claims:
         """The time by the clock that dates files in the folder."""
         probe = self.folder / f".clock{self.writer}.tmp"
         try:
-            probe.touch()
-            return probe.stat().st_mtime
+            with probe.open("xb") as file:  # made anew: a link under this name would lead elsewhere
+                return os.fstat(file.fileno()).st_mtime
         finally:
             probe.unlink(missing_ok=True)
 
@@ -248,7 +272,7 @@ class Claims:
         while not self._closed.wait(seconds):
             for path in list(self._held):
                 with suppress(OSError):
-                    os.utime(path)
+                    os.utime(path, follow_symlinks=False)
 
 
 class BackgroundWriter:
