@@ -35,7 +35,7 @@ def write_data_set(folder: Path, number: int) -> None:
     values: dict[str, Any] = {"num_steps": 50, "num_student_steps": 5, "keypoints": list(range(0, 51, 10))}
     manifest = replace(make_manifest(number), sigmas=[1 - i / 50 for i in range(51)], **values)
     (folder / "manifest.json").write_text(manifest.to_json())
-    one = sample(MODELS[0], 120)
+    one = replace(sample(MODELS[0], 120), settings=manifest.settings)
     for index in range(number):
         write_trajectory(folder, replace(one, index=index))
         print(f"\rwriting {trajectory_name(index)}", end="", file=sys.stderr)

@@ -79,7 +79,8 @@ def sample(model: Model, num_tokens: int) -> Trajectory:
     )
     states = [draw(*model.state).to(model.steps if k else model.noise).float() for k in range(NUM_STUDENT_STEPS + 1)]
     names = ("transformer",) * NUM_STUDENT_STEPS
-    return Trajectory(0, 0, "a prompt " * (num_tokens // 2), torch.stack(states), calls, names)
+    text = "a prompt " * (num_tokens // 2)
+    return Trajectory(0, 0, text, torch.stack(states), calls, names, settings="f" * 64)
 
 
 def written(trajectory: Trajectory) -> int:

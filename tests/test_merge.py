@@ -21,7 +21,8 @@ def write_part(folder: Path, number: int, seed: int, first: int, **changes: obje
     manifest: Manifest = replace(make_manifest(number), seed=seed, **changes)
     (folder / "manifest.json").write_text(manifest.to_json())
     for index in range(number):
-        write_trajectory(folder, replace(make_trajectory(first + index), index=index, seed=seed))
+        one = replace(make_trajectory(first + index), index=index, seed=seed, settings=manifest.settings)
+        write_trajectory(folder, one)
     return folder
 
 

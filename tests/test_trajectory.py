@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 from contextlib import suppress
 from dataclasses import replace
@@ -25,8 +26,10 @@ from accvideo.trajectory import (
     narrow,
     read_trajectory,
     write_trajectory,
+    write_whole,
 )
 from accvideo.types import UserError
+from tests.test_workers import end_within
 
 NUM_STUDENT_STEPS = 2
 
@@ -39,7 +42,7 @@ def make_trajectory(index: int, prompt: str = "a red square") -> Trajectory:
     calls = tuple(
         DenoiserCall(
             {
-                "timestep": torch.tensor([999 - 100 * k]),
+                "timestep": torch.tensor([999 - 200 * k]),
                 "encoder_hidden_states": embeds,
                 "mask": torch.ones(1, 3).bool(),
             },
@@ -52,7 +55,8 @@ def make_trajectory(index: int, prompt: str = "a red square") -> Trajectory:
         for k in range(NUM_STUDENT_STEPS)
     )
     states = torch.randn(NUM_STUDENT_STEPS + 1, 4, 2, 3, 3, generator=generator)
-    return Trajectory(index, 0, prompt, states, calls, ("transformer", "transformer_2"))
+    names = ("transformer", "transformer_2")
+    return Trajectory(index, 0, prompt, states, calls, names, settings=make_manifest(1).settings)
 
 
 def make_manifest(num_trajectories: int) -> Manifest:
@@ -93,6 +97,7 @@ def write_data_set(folder: Path, number: int = 5) -> Path:
 
 def assert_equal(one: Trajectory, other: Trajectory) -> None:
     assert (one.index, one.seed, one.prompt, one.denoisers) == (other.index, other.seed, other.prompt, other.denoisers)
+    assert one.settings == other.settings
     assert torch.equal(one.states, other.states)
     for a, b in zip(one.calls, other.calls, strict=True):
         assert a.constants == b.constants and a.dtype == b.dtype and a.tensors.keys() == b.tensors.keys()
@@ -265,11 +270,18 @@ def as_format_1(data: bytes) -> bytes:
 
 def as_format_2(data: bytes) -> bytes:
     """A file with all states in one tensor of one type, as the second format had it."""
-    tensors, header = contents_of(data)
+    tensors, header = contents_of(as_format_3(data))
     states = [tensors.pop(f"state.{number}") for number in range(len(header["constants"]) + 1)]
     return sealed(
         tensors | {"states": narrow(torch.stack([state.float() for state in states]))}, header | {"format": 2}
     )
+
+
+def as_format_3(data: bytes) -> bytes:
+    """A file that does not say with which settings it was recorded, as the third format had it."""
+    tensors, header = contents_of(data)
+    del header["settings"]
+    return sealed(tensors, header | {"format": 3})
 
 
 def contents_of(data: bytes) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -294,10 +306,10 @@ def test_earlier_formats_are_read():
         trajectory, states=torch.cat([trajectory.states[:1], trajectory.states[1:].bfloat16().float()])
     )
     data = encode_trajectory(trajectory)
-    first, second = as_format_1(data), as_format_2(data)
+    first, second, third = as_format_1(data), as_format_2(data), as_format_3(data)
     assert len(first) > len(second) + 10_000 and len(second) > len(data)
-    for old in (first, second):
-        assert_equal(decode_trajectory(old, "here"), trajectory)
+    for old in (first, second, third):
+        assert_equal(decode_trajectory(old, "here"), replace(trajectory, settings=""))
 
 
 JSON = st.recursive(
@@ -350,7 +362,8 @@ def test_boxes_that_claim_terabytes_are_refused():
     "change",
     [
         {"dtype": "load"},
-        {"format": 4},
+        {"format": 5},
+        {"settings": 4},
         {"format": 2},
         {"constants": [{}]},
         {"denoisers": 5},
@@ -392,6 +405,23 @@ def test_files_changed_on_purpose_are_refused_or_read(number):
         except UserError as error:
             assert str(error).startswith("here: ") and len(str(error).splitlines()) <= 2
     assert 0 < num_read < number / 2
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_nothing_is_written_through_what_lies_under_the_hidden_name(tmp_path, kind):
+    """A link to a file outside keeps that as it is, a pipe is not waited for, a folder is told."""
+    (folder := tmp_path / "data").mkdir()
+    (outside := tmp_path / "outside").write_text("precious")
+    hidden = folder / ".000000.safetensors.tmp"
+    if kind == "folder":
+        hidden.mkdir()
+        with pytest.raises(UserError, match="cannot write"):
+            write_trajectory(folder, make_trajectory(0))
+        return
+    hidden.symlink_to(outside) if kind == "link" else os.mkfifo(hidden)
+    assert end_within(lambda: write_whole(folder / "000000.safetensors", encode_trajectory(make_trajectory(0)))) == 0
+    assert_equal(read_trajectory(folder / "000000.safetensors"), make_trajectory(0))
+    assert outside.read_text() == "precious" and len(list(folder.iterdir())) == 1
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

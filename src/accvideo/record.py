@@ -20,7 +20,7 @@ from accvideo.command import (
     shorten,
     with_image,
 )
-from accvideo.data.manifest import Manifest
+from accvideo.data.manifest import MANIFEST, Manifest
 from accvideo.media import media_digests
 from accvideo.recording.config import RecordConfig
 from accvideo.recording.joining import check_folder, identity, make_folder, open_folder, read_header
@@ -37,7 +37,9 @@ from accvideo.teacher import (
     watch,
 )
 from accvideo.trajectory import (
+    ForeignError,
     Trajectory,
+    check_settings,
     misplaced,
     read_trajectory,
     trajectory_name,
@@ -92,13 +94,14 @@ def record_blocks(recorder: "Recorder", blocks: Sequence["Block"], progress: Pro
 
 def summary(folder: Path, manifest: Manifest, num_recorded: int, num_blocks: int, started: float) -> dict[str, Any]:
     """What a recording has done since `started`, and what the folder holds."""
+    files = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
     return {
         "folder": str(folder),
         "num_trajectories": manifest.num_trajectories,
         "num_recorded": num_recorded,
         "denoiser_calls": manifest.denoiser_calls * num_blocks * manifest.batch_size,
         "nested_schedule": manifest.nested_schedule,
-        "bytes": sum(entry.stat().st_size for entry in os.scandir(folder) if not entry.name.startswith(".")),
+        "bytes": sum(entry.stat(follow_symlinks=False).st_size for entry in files),
         "seconds": time.perf_counter() - started,
     }
 
@@ -173,7 +176,8 @@ class Recorder:
         that are started together each reads its share.
 
         Raises:
-            UserError: a file was recorded on another prompt, or with other arguments, images or videos.
+            UserError: a file was recorded with other settings, on another prompt, or with other arguments, images or
+                videos.
         """
         found: dict[int, Block] = {}
         present = {entry.name for entry in os.scandir(self.config.out)}
@@ -196,19 +200,25 @@ class Recorder:
             whole: read all of it, not its header alone.
 
         Raises:
-            UserError: the file cannot be read; or it was recorded on another prompt, or with other arguments, images or
-                videos.
+            UserError: the file cannot be read; or it was recorded with other settings, on another prompt, or with other
+                arguments, images or videos.
         """
         path, prompt = self.config.out / trajectory_name(index), self.prompts[index % len(self.prompts)]
         try:
             if whole:
                 trajectory = read_trajectory(path)
+                check_settings(trajectory, self.manifest, str(path))
                 if problem := misplaced(trajectory, index, self.manifest):
                     return f"{path}: {problem}"
                 text, arguments, media = trajectory.prompt, trajectory.arguments, trajectory.media
             else:
                 header = read_header(path)
+                check_settings(header, self.manifest, str(path))
                 text, arguments, media = header.prompt, header.arguments, None
+        except ForeignError as error:
+            raise UserError(
+                f"{error}\nPut back what belongs there, {MANIFEST} or file; `accvideo repair` moves such files away"
+            ) from error
         except UserError as error:
             if isinstance(error.__cause__, OSError):
                 raise
@@ -317,6 +327,7 @@ def trajectories_of(
             denoisers=tuple(step.denoiser for step in seen.steps),
             arguments=prompts[index % len(prompts)].arguments,
             media=media,
+            settings=manifest.settings,
         )
         for row, index in enumerate(items)
     ]

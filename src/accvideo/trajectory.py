@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count, takewhile
 from pathlib import Path
@@ -21,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from accvideo.call import DenoiserCall, collate_calls
-from accvideo.data.manifest import FORMAT, FORMATS, Manifest
+from accvideo.data.manifest import FORMAT, FORMATS, MANIFEST, Manifest
 from accvideo.data.schema import parse
 from accvideo.data.storage import LocalStorage
 from accvideo.types import UserError
@@ -53,6 +54,8 @@ class Trajectory:
     """What else the pipeline was called with for this prompt: JSON, images and videos by their paths."""
     media: dict[str, Any] = field(default_factory=dict)
     """Argument -> SHA-256 of the image or video that it named, or a list of them; arguments of all prompts included."""
+    settings: str = ""
+    """`Manifest.settings` of its recording; empty where it was recorded in format 3 or before."""
 
 
 @dataclass(frozen=True)
@@ -91,13 +94,15 @@ def write_pieces(path: Path, pieces: Iterable[bytes], writer: str = "") -> None:
     """
     partial = path.with_name(f".{path.name}{writer}.tmp")
     try:
-        with partial.open("wb") as file:
+        partial.unlink(missing_ok=True)
+        with partial.open("xb") as file:  # made anew: a link under this name would lead elsewhere
             file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())  # else a machine that dies may leave the new name with nothing in it
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise UserError(
             f"cannot write {path}: {error.strerror}\nNothing half-written is left; the same command goes on from here"
         ) from error
@@ -118,6 +123,7 @@ class Header:
     prompt: str
     arguments: dict[str, Any] = field(default_factory=dict)
     media: dict[str, Any] = field(default_factory=dict)
+    settings: str = ""
     denoisers: list[str]
     constants: list[dict[str, Any]]
     starts: list[int] = field(default_factory=list)
@@ -182,6 +188,7 @@ def encode_trajectory(trajectory: Trajectory) -> bytes:
         "prompt": trajectory.prompt,
         "arguments": trajectory.arguments,
         "media": trajectory.media,
+        "settings": trajectory.settings,
         "denoisers": trajectory.denoisers,
         "constants": [call.constants for call in trajectory.calls],
         "starts": trajectory.calls[0].starts,
@@ -321,6 +328,7 @@ def _trajectory(header: Header, tensors: dict[str, Tensor]) -> Trajectory:
         denoisers=tuple(header.denoisers),
         arguments=header.arguments,
         media=header.media,
+        settings=header.settings,
     )
 
 
@@ -342,6 +350,42 @@ def collate_trajectories(trajectories: Sequence[Trajectory]) -> TrajectoryBatch:
         prompts=tuple(each.prompt for each in trajectories),
         indices=tuple(each.index for each in trajectories),
     )
+
+
+class ForeignError(UserError):
+    """A trajectory was recorded with other settings than those in the manifest of its data set."""
+
+
+def check_settings(trajectory: Trajectory | Header, manifest: Manifest, where: str) -> None:
+    """Checks that a trajectory was recorded with the settings of a data set.
+
+    One that does not say with which (up to format 3) is checked as far as it tells: by its timesteps.
+
+    Raises:
+        ForeignError: it was recorded with others; `where` it is from is named.
+    """
+    if trajectory.settings:
+        foreign = trajectory.settings != manifest.settings
+    else:
+        foreign = isinstance(trajectory, Trajectory) and told_otherwise(trajectory, manifest)
+    if foreign:
+        raise ForeignError(
+            f"{where}: was recorded with other settings (teacher, schedule, guidance, sizes) than {MANIFEST} has"
+        )
+
+
+def told_otherwise(trajectory: Trajectory, manifest: Manifest) -> bool:
+    """Whether the denoiser was told the noise level of a manifest at first, and others later.
+
+    What it is told is mostly 1000 times the level, or the level (Cosmos), rounded by the scheduler and to bfloat16. Of
+    a denoiser that is told something else nothing is known.
+    """
+    timesteps = [call.tensors.get("timestep", torch.empty(0)) for call in trajectory.calls]
+    if not all(each.numel() and not each.is_complex() for each in timesteps):
+        return False
+    pairs = list(zip((float(each.double().max()) for each in timesteps), manifest.key_sigmas.tolist(), strict=False))
+    near = [[abs(told - scale * sigma) < 5e-3 * scale for told, sigma in pairs] for scale in (1000, 1)]
+    return any(each[:1] == [True] for each in near) and not any(map(all, near))
 
 
 def misplaced(trajectory: Trajectory, index: int, manifest: Manifest) -> str | None:

@@ -178,7 +178,7 @@ def write_part(folder: TrajectoryFolder, points: Sequence[int], out: Path) -> No
     )
     out.mkdir(parents=True, exist_ok=True)
     for index in range(len(folder)):
-        write_trajectory(out, keep_states(folder[index], points))
+        write_trajectory(out, replace(keep_states(folder[index], points), settings=manifest.settings))
     write_whole(out / MANIFEST, manifest.to_json().encode())
 
 

@@ -18,6 +18,7 @@ from accvideo.data.storage import Storage, open_storage
 from accvideo.trajectory import (
     Trajectory,
     TrajectoryBatch,
+    check_settings,
     collate_trajectories,
     decode_trajectory,
     misplaced,
@@ -86,6 +87,7 @@ class Source:
             UserError: they are damaged, or belong elsewhere.
         """
         trajectory = decode_trajectory(data, self.where(number))
+        check_settings(trajectory, self.manifest, self.where(number))
         if problem := misplaced(trajectory, number, self.manifest):
             raise UserError(f"{self.where(number)}: {problem}")
         return trajectory

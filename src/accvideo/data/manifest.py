@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,19 @@ from accvideo.data.schema import parse
 from accvideo.data.storage import MAX_TEXT_BYTES, Storage, open_storage
 from accvideo.types import Sigmas, UserError
 
-FORMAT = 3
-FORMATS = (1, 2, 3)
-"""What can be read; up to 2 a trajectory's states are one tensor, in 1 tensors have the zeros around them and the
-manifest no checksum."""
+FORMAT = 4
+FORMATS = (1, 2, 3, 4)
+"""What can be read; up to 3 a trajectory does not say with which settings it was recorded, up to 2 its states are one
+tensor, in 1 tensors have the zeros around them and the manifest no checksum."""
 MANIFEST = "manifest.json"
 MAX_TRAJECTORIES = 10_000_000
+SETTINGS = (
+    *("pipeline_class", "fingerprints", "dtype", "batch_size", "height", "width", "num_frames", "pipeline_args"),
+    *("guidance_scale", "num_steps", "num_student_steps", "keypoints", "sigmas", "scheduler", "nested_schedule"),
+    "solver",
+)
+"""Fields of the manifest that say what the states are; each trajectory holds their digest. The others name, count or
+describe: a teacher may move, a recording grow, recordings be merged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +100,12 @@ class Manifest:
     def key_sigmas(self) -> Sigmas:
         """Noise levels of the K + 1 key points."""
         return torch.tensor(self.sigmas)[self.keypoints]
+
+    @cached_property
+    def settings(self) -> str:
+        """SHA-256 of the fields in `SETTINGS`, by which a trajectory tells its own manifest from others."""
+        text = json.dumps({name: getattr(self, name) for name in SETTINGS})
+        return checksum(json.loads(text, parse_int=float))  # for recorders that write 5 and 5.0 share a data set
 
     def seed_of(self, index: int) -> int:
         """The seed that trajectory `index` was recorded with."""

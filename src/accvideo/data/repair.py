@@ -69,7 +69,8 @@ def repair(config: RepairConfig) -> dict[str, Any]:
     """Mend a data set; what is recorded again has the bytes it had, on the same kind of device and library versions.
 
     Raises:
-        UserError: it cannot be recorded again here, its prompts are others now, or recorders are at work in it.
+        UserError: it cannot be recorded again here, its prompts are others now, its manifest is of another data set, or
+            recorders are at work in it.
     """
     source = open_source(config.folder)
     if at_work := strays(source)[1]:
@@ -86,6 +87,11 @@ def repair(config: RepairConfig) -> dict[str, Any]:
     aside = config.folder.absolute().with_name(f"{config.folder.absolute().name}.bad")
     for problem in report.problems:
         print(problem.text, file=sys.stderr)
+    if not report.facts and any(problem.foreign for problem in report.problems):
+        raise UserError(
+            f"{config.folder} holds no trajectory that was recorded with the settings in its {MANIFEST}\n"
+            f"Put its own {MANIFEST} back; nothing was changed"
+        )
     if source.index is None and not source.manifest.parts:
         for index in bad:
             move_aside(config.folder / trajectory_name(index), aside)

@@ -18,12 +18,9 @@ from tyro.conf import Positional
 from accvideo.data.dataset import NUM_AHEAD, Source, ahead, open_source
 from accvideo.data.shards import bad_ends
 from accvideo.data.storage import LocalStorage
-from accvideo.recording.workers import at_work
-from accvideo.trajectory import Trajectory, trajectory_name
+from accvideo.recording.workers import MAX_CLAIM_BYTES, at_work
+from accvideo.trajectory import ForeignError, Trajectory, trajectory_name
 from accvideo.types import UserError
-
-MAX_CLAIM_BYTES = 4096
-"""What is read of a claim."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +41,8 @@ class Problem:
     """The trajectories to record again."""
     shard: int | None = None
     """The archive that is to be written again, where no trajectory in it is bad."""
+    foreign: bool = False
+    """Whether a trajectory is whole, but was recorded with other settings than those in the manifest."""
 
 
 @dataclass(frozen=True)
@@ -84,15 +83,15 @@ def tensor_bytes(tensor: Tensor) -> bytes:
     return tensor.contiguous().numpy().tobytes()
 
 
-def examine(source: Source, number: int) -> Facts | str:
+def examine(source: Source, number: int) -> Facts | Problem:
     """What a trajectory is, or what is wrong with its file."""
     name = trajectory_name(number)
     if source.index is None and source.sizes is not None and name not in source.sizes:
-        return f"{source.where(number)}: missing"
+        return Problem(f"{source.where(number)}: missing", (number,))
     try:
         return facts(source.read(number))
     except UserError as error:
-        return str(error)
+        return Problem(str(error), (number,), foreign=isinstance(error, ForeignError))
 
 
 def check(source: Source) -> Report:
@@ -103,7 +102,7 @@ def check(source: Source) -> Report:
         if isinstance(result, Facts):
             report.facts[number] = result
         else:
-            report.problems.append(Problem(result, (number,)))
+            report.problems.append(result)
     report.problems.extend(among(report.facts, source))
     if source.index is not None:
         report.problems.extend(Problem(text, shard=shard) for shard, text in bad_ends(source.storage, source.index))
