@@ -1,6 +1,6 @@
 import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import av
@@ -62,7 +62,7 @@ def test_a_folder_of_videos_becomes_prompts_and_a_second_run_captions_only_what_
     assert prompts(config)["num_read"] == 3
     record = tmp_path / "out.captions.jsonl"
     made = [json.loads(line) for line in record.read_text().splitlines()]
-    assert [line["of"]["video"] for line in made] == ["a.mp4", "b/c.mp4", "d.gif"]
+    assert [line["video"] for line in made] == ["a.mp4", "b/c.mp4", "d.gif"]
     assert (tmp_path / "out.txt").read_text().splitlines() == list(dict.fromkeys(line["caption"] for line in made))
 
     # A kill in the middle of a line, and one video more; whatever is done again is the same.
@@ -72,7 +72,7 @@ def test_a_folder_of_videos_becomes_prompts_and_a_second_run_captions_only_what_
     settings = CaptionConfig(str(model), config.instruction, 2, 8)
     captions, bad = caption_folder(videos, settings, record, "cpu", skip_bad=False)
     assert {name: captions[name] for name in ("a.mp4", "b/c.mp4", "d.gif")} == {
-        line["of"]["video"]: line["caption"] for line in made
+        line["video"]: line["caption"] for line in made
     }
     assert list(captions) == ["a.mp4", "b/c.mp4", "d.gif", "e.mp4"] and not bad
     assert len(record.read_text().splitlines()) == 4
@@ -82,6 +82,43 @@ def test_a_folder_of_videos_becomes_prompts_and_a_second_run_captions_only_what_
     assert caption_folder(videos, settings, record, "cpu", skip_bad=False) == (captions, [])
     with pytest.raises(TypeError):
         caption_folder(videos, replace(settings, instruction="?"), record, "cpu", skip_bad=False)
+
+
+def write_padded(path: Path, seed: int) -> None:
+    """A video of 4096 bytes, filled up by a box that players pass over."""
+    write_video(path, clip(seed), fps=8)
+    rest = 4096 - path.stat().st_size
+    path.write_bytes(path.read_bytes() + rest.to_bytes(4, "big") + b"free" + bytes(rest - 8))
+
+
+def test_a_replaced_video_is_captioned_anew_and_a_renamed_one_is_not(model: Path, tmp_path: Path):
+    """Though name, size and date of the one stay, and of the other change."""
+    folder, record = tmp_path / "videos", tmp_path / "record.jsonl"
+    for seed, name in enumerate(("a.mp4", "b.mp4")):
+        write_padded(folder / name, seed)
+    settings = CaptionConfig(str(model), "?", 2, 8)
+    before, _ = caption_folder(folder, settings, record, "cpu", skip_bad=False)
+    (folder / "b.mp4").rename(folder / "c.mp4")
+    os.utime(folder / "c.mp4", (0, 0))
+    was = (folder / "a.mp4").stat()
+    write_padded(folder / "a.mp4", 2)
+    os.utime(folder / "a.mp4", ns=(was.st_atime_ns, was.st_mtime_ns))
+    assert (folder / "a.mp4").stat().st_size == was.st_size
+    after, _ = caption_folder(folder, settings, record, "cpu", skip_bad=False)
+    made = [json.loads(line) for line in record.read_text().splitlines()]
+    assert [line["video"] for line in made] == ["a.mp4", "b.mp4", "a.mp4"]
+    assert after == {"a.mp4": made[2]["caption"], "c.mp4": before["b.mp4"]}
+
+
+def test_captions_of_videos_known_by_name_and_size_are_refused(model: Path, videos: Path, tmp_path: Path):
+    """And not touched, a line that was cut short included."""
+    settings, record = CaptionConfig(str(model), "?", 2, 8), tmp_path / "record.jsonl"
+    of = {"video": "a.mp4", "bytes": (videos / "a.mp4").stat().st_size, **asdict(settings)}
+    text = json.dumps({"of": of, "caption": "old"}) + '\n{"of'
+    record.write_text(text)
+    with pytest.raises(UserError, match="of an earlier version, .*by name and size.*\n.*captioned anew"):
+        caption_folder(videos, settings, record, "cpu", skip_bad=False)
+    assert record.read_text() == text
 
 
 def shown(captioner: Captioner, path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -159,9 +196,10 @@ def test_what_is_no_model_or_no_folder_of_videos_is_refused(videos: Path, model:
         caption_folder(videos, CaptionConfig(str(tmp_path), "?", 2, 8), record, "cpu", skip_bad=False)
     with pytest.raises(UserError, match="holds no videos"):
         caption_folder(model, CaptionConfig(str(model), "?", 2, 8), record, "cpu", skip_bad=False)
-    record.write_text('{"caption": 1}\n')
-    with pytest.raises(UserError, match="no file of captions"):
-        caption_folder(videos, CaptionConfig(str(model), "?", 2, 8), record, "cpu", skip_bad=False)
+    for data in (b'{"caption": 1}\n', b'{"of": {"sha256": "0"}, "caption": 1}\n', b"[" * 100_000 + b"\n", b"\xff\n"):
+        record.write_bytes(data)
+        with pytest.raises(UserError, match="no file of captions"):
+            caption_folder(videos, CaptionConfig(str(model), "?", 2, 8), record, "cpu", skip_bad=False)
 
 
 def test_the_command_says_what_a_folder_needs(videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

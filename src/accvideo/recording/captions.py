@@ -1,5 +1,6 @@
 """Captions of videos by a vision-language model, as AccVideo's own prompts were (arXiv:2503.19462, section 4.1)."""
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 
 from accvideo.command import choose_device, progress_bar
+from accvideo.data.schema import parse
 from accvideo.media import VIDEO_SUFFIXES
 from accvideo.types import UserError
 
@@ -23,6 +25,17 @@ class CaptionConfig:
     instruction: str
     num_frames: int
     max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A line of a file of captions."""
+
+    of: dict[str, Any]
+    """What the caption depends on: `sha256` of the video's file, and the fields of `CaptionConfig`."""
+    caption: str
+    video: str = ""
+    """Its name when it was captioned; nothing depends on it."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +74,14 @@ def caption_folder(
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())
     if not paths:
         raise UserError(f"{folder} holds no videos; their names end in one of {', '.join(VIDEO_SUFFIXES)}")
-    keys = {
-        path: {"video": str(path.relative_to(folder)), "bytes": path.stat().st_size, **asdict(config)} for path in paths
-    }
-    known = {json.dumps(line["of"]): line["caption"] for line in read_captions(record)}
+    known = {json.dumps(line.of): line.caption for line in read_captions(record)}
+    keys: dict[Path, str] = {}
     waiting, bad = [], []
     for path in paths:
-        if json.dumps(keys[path]) in known:
-            continue
         try:
-            waiting.append((path, count_frames(path)))
+            keys[path] = json.dumps({"sha256": file_digest(path), **asdict(config)})
+            if keys[path] not in known:
+                waiting.append((path, count_frames(path)))
         except UserError as error:
             bad.append(str(error))
     if bad and not skip_bad:
@@ -88,31 +99,52 @@ def caption_folder(
                         raise
                     bad.append(str(error))
                     continue
-                caption = captioner(glimpse)
-                known[json.dumps(keys[path])] = caption
-                file.write(json.dumps({"of": keys[path], "caption": caption}) + "\n")
+                known[keys[path]] = captioner(glimpse)
+                line = Caption(json.loads(keys[path]), known[keys[path]], path.relative_to(folder).as_posix())
+                file.write(json.dumps(asdict(line)) + "\n")
                 file.flush()
                 progress.advance(task)
-    captions = {path: known.get(json.dumps(keys[path])) for path in paths}
-    return {keys[path]["video"]: text for path, text in captions.items() if text is not None}, bad
+    return {path.relative_to(folder).as_posix(): known[key] for path, key in keys.items() if key in known}, bad
 
 
-def read_captions(record: Path) -> list[dict[str, Any]]:
+def file_digest(path: Path) -> str:
+    """SHA-256 of a video's bytes, by which its caption is known.
+
+    A name, a size and a date can stay when another video takes the place, and change when the same one is copied. To
+    hash a new video costs no more than to count its frames, which reads it whole too; a known one is read once for
+    every run, which takes far less than its caption took.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read the video {path}: {error.strerror}") from error
+
+
+def read_captions(record: Path) -> list[Caption]:
     """The lines of a file of captions; one that was cut short is removed from it.
 
     Raises:
-        UserError: it is something else.
+        UserError: it is something else, or of a version that knew videos by their names and sizes.
     """
     if not record.exists():
         return []
-    whole, newline, rest = record.read_text("utf-8").rpartition("\n")
+    try:
+        whole, newline, rest = record.read_text("utf-8").rpartition("\n")
+        lines = [parse(Caption, line) for line in whole.split("\n") if line]
+    except ValueError as error:
+        raise UserError(f"{record} is no file of captions that accvideo made; move it away") from error
+    if any("sha256" not in line.of for line in lines):
+        raise UserError(
+            f"{record} is of an earlier version, which knew videos by name and size: a replaced one kept its caption\n"
+            "Move it away; the videos are then captioned anew"
+        )
     if rest:
         record.write_text(whole + newline, "utf-8")
-    try:
-        lines = [json.loads(line) for line in whole.split("\n") if line]
-        return [{"of": line["of"], "caption": line["caption"]} for line in lines]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{record} is no file of captions that accvideo made; move it away") from error
+    return lines
 
 
 class Captioner:
