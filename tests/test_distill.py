@@ -217,7 +217,7 @@ def test_bad_batches_are_skipped_and_no_checkpoint_is_written_among_them():
     with pytest.raises(UserError, match="iterations up to 2.: the training has diverged"):
         train(
             config, training, torch.tensor([1.0, 0.6, 0.0]), batches,
-            log=lambda line: lines.append(line | {"skipped": training.num_skipped}),
+            log=lambda line: lines.append(line | {"skipped": training.num_skipped_in_a_row}),
             save=lambda: saved.append(training.iteration),
         )  # fmt: skip
     assert saved == [2, 4, 8, 10]
@@ -399,7 +399,7 @@ def test_metrics_name_every_quantity_and_key_point(folder: TrajectoryFolder, tmp
         "seconds",
     }
     expected |= {"gradient_norm", "trajectory_gradient_norm", "adversarial_gradient_norm", "head_gradient_norm"}
-    expected |= {"iteration", "keypoint"}
+    expected |= {"iteration", "keypoint", "num_skipped"}
     assert all(line.keys() == expected for line in steps)
     validations = [line for line in lines if "latent_error" in line]
     assert [line["iteration"] for line in validations] == [4, 9, 12]

@@ -32,7 +32,7 @@ from accvideo.training.distributed import (
     wait_for_all,
 )
 from accvideo.training.health import sample_health
-from accvideo.training.journal import last_validation, logged
+from accvideo.training.journal import last_count, last_validation, logged
 from accvideo.training.recipe import (
     PLACES,
     DistillConfig,
@@ -162,13 +162,14 @@ def train(
         move_average(config.ema_decay, training)
         values = mean(line)
         count_skipped(config, training, values)
-        log({"iteration": iteration, "keypoint": number} | values | {"seconds": time.perf_counter() - began})
+        values |= {"num_skipped": training.num_skipped, "seconds": time.perf_counter() - began}
+        log({"iteration": iteration, "keypoint": number} | values)
 
         training.iteration += 1
         last = training.iteration == config.num_iterations
         if held_out and (training.iteration % config.validate_every == 0 or last):
             log({"iteration": iteration} | validate(config, training, held_out, sigmas))
-        if training.num_skipped == 0 and (training.iteration % config.save_every == 0 or last):
+        if training.num_skipped_in_a_row == 0 and (training.iteration % config.save_every == 0 or last):
             save()
 
 
@@ -196,14 +197,20 @@ def judgement(real_logits: Logits, fake_logits: Logits) -> dict[str, Tensor]:
 
 
 def count_skipped(config: DistillConfig, training: Training, values: dict[str, float]) -> None:
-    """Count iterations in a row in which an update was skipped.
+    """Count iterations in which an update was skipped.
+
+    Args:
+        config: the settings.
+        training: has the counts.
+        values: of the iteration's metrics.
 
     Raises:
-        UserError: there are too many.
+        UserError: there are too many in a row.
     """
-    finite = all(math.isfinite(value) for name, value in values.items() if name.endswith("norm"))
-    training.num_skipped = 0 if finite else training.num_skipped + 1
-    if training.num_skipped == MAX_SKIPPED:
+    skipped = not all(math.isfinite(value) for name, value in values.items() if name.endswith("norm"))
+    training.num_skipped += skipped
+    training.num_skipped_in_a_row = training.num_skipped_in_a_row + 1 if skipped else 0
+    if training.num_skipped_in_a_row == MAX_SKIPPED:
         raise UserError(
             f"no finite gradient in {MAX_SKIPPED} iterations up to {training.iteration}: the training has diverged\n"
             "The last checkpoint, from before them, is kept; "
@@ -265,10 +272,11 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     Under torchrun all processes do so together; the first writes.
 
     Returns:
-        The student's folder, iterations, seconds and last validation; nothing from other processes than the first.
+        The student's folder, iterations, how many of them were skipped, seconds and last validation; nothing from
+        other processes than the first.
 
     Raises:
-        UserError: data set and teacher do not match, or the output folder holds something else.
+        UserError: data set and teacher do not match, or the output folder holds something else or cannot be written.
     """
     config = resolved(config)
     with joined_ranks(config.device):
@@ -293,7 +301,8 @@ def distill_together(config: DistillConfig) -> dict[str, Any]:
     metrics_path = config.out / "metrics.jsonl"
     if first_ranks((config.out / "student.json").exists()):
         console.print(f"{config.out} holds the finished student of these settings already")
-        return {"folder": str(config.out), "num_iterations": config.num_iterations, **last_validation(metrics_path)}
+        known = last_count(metrics_path) | last_validation(metrics_path)
+        return {"folder": str(config.out), "num_iterations": config.num_iterations, **known}
 
     shuffled = torch.randperm(len(kept), generator=torch.Generator().manual_seed(config.seed)).tolist()
     order = [kept[place] for place in shuffled]
@@ -336,8 +345,14 @@ def distill_together(config: DistillConfig) -> dict[str, Any]:
         made = student_config(manifest, calls, lora_rank, recipe, config.num_student_steps, config.tell_size)
         save_student(config.out, training.student, made, last_validation(metrics_path))
     wait_for_all()
-    seconds, last = time.perf_counter() - began, last_validation(metrics_path)
-    return {"folder": str(config.out), "num_iterations": training.iteration, "seconds": seconds, **last}
+    if training.num_skipped:
+        console.print(
+            f"{training.num_skipped} of {training.iteration} iterations were skipped: "
+            "their losses or gradients were not finite"
+        )
+    counts = {"num_iterations": training.iteration, "num_skipped": training.num_skipped}
+    seconds = time.perf_counter() - began
+    return {"folder": str(config.out), **counts, "seconds": seconds, **last_validation(metrics_path)}
 
 
 def to_device(batch: TrajectoryBatch, device: str) -> TrajectoryBatch:

@@ -59,6 +59,12 @@ def last_validation(path: Path) -> dict[str, float]:
     return {}
 
 
+def last_count(path: Path) -> dict[str, int]:
+    """How many iterations were skipped, by a metrics file; empty if an earlier version wrote it."""
+    counts = [line["num_skipped"] for line in read_metrics(path) if "num_skipped" in line]
+    return {"num_skipped": counts[-1]} if counts else {}
+
+
 @contextmanager
 def progress_bar(
     console: Console, config: DistillConfig, training: Training
@@ -89,7 +95,9 @@ def progress_bar(
                 share = 1.0 if name == "latent_error" else 0.1
                 value = float(line[name])
                 shown[name] = (1 - share) * shown.get(name, value) + share * value
-            description = "  ".join(f"{labels[name]} {shown[name]:.3f}" for name in labels if name in shown)
-            progress.update(task, completed=line["iteration"] + 1, description=description)
+            words = [f"{labels[name]} {shown[name]:.3f}" for name in labels if name in shown]
+            if training.num_skipped:
+                words.append(f"skipped {training.num_skipped}")
+            progress.update(task, completed=line["iteration"] + 1, description="  ".join(words))
 
         yield show

@@ -254,7 +254,9 @@ class Training:
     num_since_best: int = 0
     """Validations since the best one."""
     num_skipped: int = 0
-    """Iterations in a row without a finite gradient."""
+    """Iterations so far without a finite gradient."""
+    num_skipped_in_a_row: int = 0
+    """Up to the last one; none where a checkpoint is written."""
     iteration: int = 0
 
 

@@ -29,7 +29,7 @@ def scalars(line: Mapping[str, Any]) -> dict[str, float]:
         if isinstance(value, list):
             found |= {f"{name}/keypoint_{keypoint}": each for keypoint, each in enumerate(value)}
         else:
-            found[name if name == "seconds" else name + by_keypoint] = value
+            found[name if name in ("num_skipped", "seconds") else name + by_keypoint] = value
     return found
 
 
