@@ -11,9 +11,9 @@ from torch import nn
 from accvideo.training.checkpoint import (
     Checkpoint,
     Checkpoints,
-    MetricsLog,
     checkpoints,
     load_checkpoint,
+    metrics_log,
     optimizer_tensors,
     read_metrics,
     restore_optimizer,
@@ -104,12 +104,12 @@ def test_a_restored_optimizer_goes_on_as_the_first():
 
 def test_metrics_go_on_from_an_iteration(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
-    with MetricsLog(path, 0) as log:
+    with metrics_log(path, 0) as log:
         for iteration in range(4):
-            log.write({"iteration": iteration, "loss": 0.5})
+            log({"iteration": iteration, "loss": 0.5})
     with path.open("a") as file:
         file.write('{"iteration": 4, "lo')  # killed while writing
     assert len(read_metrics(path)) == 4
-    with MetricsLog(path, 2) as log:
-        log.write({"iteration": 2, "loss": 0.25})
+    with metrics_log(path, 2) as log:
+        log({"iteration": 2, "loss": 0.25})
     assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == [0.5, 0.5, 0.25]

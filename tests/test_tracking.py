@@ -38,7 +38,8 @@ def test_each_key_point_is_a_curve():
 
 
 def test_tensorboard_shows_each_line_once_also_after_a_kill(tmp_path: Path):
-    for begin, lines in ((0, LINES[:4]), (1, LINES[2:])):  # killed after iteration 2, the checkpoint was of 1
+    # Killed twice after iteration 2: the first time there was no checkpoint, the second time one of iteration 1.
+    for begin, lines in ((0, LINES[:4]), (0, LINES[:4]), (1, LINES[2:])):
         with tracked("tensorboard", tmp_path, {}, begin) as write:
             for line in lines:
                 write(line)
@@ -93,6 +94,18 @@ def payload(file: bytes) -> str:
         found += file[at + 7 : at + 7 + length]
         at += 7 + length
     return found.decode("latin-1")
+
+
+@pytest.mark.slow
+def test_wandb_adds_no_traceback_to_the_message_of_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with pytest.raises(UserError, match="full"), tracked("wandb", tmp_path, {}, 0) as write:
+        write(LINES[1])
+        raise UserError("the disk is full")
+    said = capfd.readouterr().err
+    assert "wandb" in said and "Traceback" not in said
 
 
 @pytest.mark.slow

@@ -330,7 +330,12 @@ def distill_together(config: DistillConfig) -> dict[str, Any]:
     training = start_training(config, denoisers, sigmas, list(islice(batches(0), config.accumulate)))
     with Checkpoints(config.out / "checkpoints") as checkpoints:
         restore(checkpoints.newest(), training, batches, config.accumulate)
-        with logged(config, training, num_steps, console) as log:
+        with logged(config, training, num_steps, console) as write:
+
+            def log(line: dict[str, Any]) -> None:
+                write(line)
+                checkpoints.check()
+
             save = partial(store, checkpoints, training, config.accumulate)
             train(config, training, sigmas, batches, held_out, log, save, lesson)
 

@@ -219,7 +219,11 @@ def save_student(folder: Path, student: Student, config: StudentConfig, metrics:
         (folder / "README.md").write_text(card, encoding="utf-8")
         write_whole(folder / "student.json", json.dumps(asdict(config), indent=2).encode() + b"\n")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write the student to {folder}: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"cannot write the student to {folder}: {reason}\n"
+            "Make room there, or mend what else is wrong; the same command then writes it again"
+        ) from error
 
 
 def save_lora(path: Path, denoiser: Any) -> None:

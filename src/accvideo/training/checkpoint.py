@@ -8,12 +8,14 @@ is written under another name, then renamed; the checkpoint counts once all of i
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -112,6 +114,15 @@ class Checkpoints:
         folder = self.folder / folder_name(iteration)
         self.writing = self.writer.submit(write_checkpoint, folder, copies, dict(state), rank(), num_ranks())
 
+    def check(self) -> None:
+        """See that the checkpoint that is being written has not failed yet.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        if self.writing is not None and self.writing.done():
+            self.writing.result()
+
     def finish(self) -> None:
         """Wait until the checkpoint that is being written is complete, and delete those before it.
 
@@ -157,18 +168,16 @@ def write_checkpoint(
     path = folder / tensors_name(number, num_files)
     partial = folder / f".{path.name}.partial"
     contents = json.dumps({"num_files": num_files, "state": state}, indent=2) + "\n"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(dict(tensors), partial)
-        keep(partial, path)
-        if number == 0:
-            partial.write_text(contents, encoding="utf-8")
-            keep(partial, folder / STATE)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write the checkpoint of iteration {int(folder.name)} to {folder.parent}: {error}"
-        ) from error
+    with writing(f"the checkpoint of iteration {int(folder.name)} to {folder.parent}"):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(dict(tensors), partial)
+            keep(partial, path)
+            if number == 0:
+                partial.write_text(contents, encoding="utf-8")
+                keep(partial, folder / STATE)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def keep(partial: Path, path: Path) -> None:
@@ -233,35 +242,23 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-class MetricsLog:
-    """A file with one JSON object a line, which a resumed run goes on with.
+@contextmanager
+def metrics_log(path: Path, iteration: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """A function that appends lines to a file with one JSON object a line, which a resumed run goes on with.
 
     Args:
         path: of the file.
         iteration: where the run goes on: lines of this and later iterations, and a half-written one, are dropped.
+
+    Raises:
+        UserError: it cannot be written.
     """
-
-    def __init__(self, path: Path, iteration: int) -> None:
-        kept = [line for line in read_metrics(path) if line["iteration"] < iteration]
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(partial, path)
-        self.path = path
-        self.file: TextIO
-
-    def __enter__(self) -> "MetricsLog":
-        self.file = self.path.open("a", encoding="utf-8")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.file.close()
-
-    def write(self, line: Mapping[str, Any]) -> None:
-        """Append one line."""
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+    with writing(path), path.open("a+b") as file:
+        file.seek(0)
+        kept = takewhile(lambda line: line[-1:] == b"\n" and json.loads(line)["iteration"] < iteration, file)
+        file.truncate(sum(map(len, kept)))  # which needs no space
+    with appended(path) as append:
+        yield lambda line: append(json.dumps(line).encode() + b"\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -270,3 +267,42 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text("utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1]]
+
+
+@contextmanager
+def appended(path: Path) -> Iterator[Callable[[bytes], None]]:
+    """A function that appends to a file; when it returns, the system has what it was given.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    with writing(path):
+        file = path.open("ab")
+
+    def append(data: bytes) -> None:
+        with writing(path):
+            file.write(data)
+            file.flush()
+
+    try:
+        yield append
+    finally:
+        with writing(path):  # once more what could not be written
+            file.close()
+
+
+@contextmanager
+def writing(what: object) -> Iterator[None]:
+    """A context in which `what` is written: a path, or some words.
+
+    Raises:
+        UserError: it cannot be written, as on a full disk.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"cannot write {what}: {reason}\n"
+            "Make room there, or mend what else is wrong; the same command then goes on from the last checkpoint"
+        ) from error

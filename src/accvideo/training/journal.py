@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from accvideo.training.checkpoint import MetricsLog, read_metrics
+from accvideo.training.checkpoint import metrics_log, read_metrics
 from accvideo.training.distributed import rank
 from accvideo.training.health import CHANCE_LOSSES, Watch
 from accvideo.training.recipe import DistillConfig, settings
@@ -31,7 +31,7 @@ def logged(
     begin = training.iteration
     with (
         tracked(config.track, config.out, settings(config), begin) as track,
-        MetricsLog(path, begin) as metrics,
+        metrics_log(path, begin) as write,
         progress_bar(console, config, training) as show,
     ):
         watch = Watch(num_steps, CHANCE_LOSSES[config.adversarial_loss])
@@ -39,11 +39,11 @@ def logged(
             watch.look(line)
 
         def log(line: dict[str, Any]) -> None:
-            metrics.write(line)
+            write(line)
             track(line)
             show(line)
             for alarm in watch.look(line):
-                metrics.write(alarm)
+                write(alarm)
                 track(alarm)
                 console.print(f"alarm at iteration {alarm['iteration']}: {alarm['message']}")
 

@@ -13,6 +13,7 @@ from tyro.conf import Positional
 from accvideo.command import shorten
 from accvideo.data.manifest import Manifest
 from accvideo.inference.acceleration import Quantization
+from accvideo.training.checkpoint import writing
 from accvideo.training.distributed import num_ranks
 from accvideo.training.tracking import Tracker, check_tracker
 from accvideo.trajectory import write_whole
@@ -251,7 +252,7 @@ def claim_folder(config: DistillConfig, manifest: Manifest, kept: Sequence[int])
     """Make `config.out` the folder of these settings and trajectories, or see that it is.
 
     Raises:
-        UserError: it holds something else.
+        UserError: it holds something else, or cannot be written.
     """
     path = config.out / "config.json"
     own = settings(config) | {"num_trajectories": manifest.num_trajectories, "fingerprints": manifest.fingerprints}
@@ -262,7 +263,8 @@ def claim_folder(config: DistillConfig, manifest: Manifest, kept: Sequence[int])
     if not path.exists() and (others or config.out.is_file()):
         raise UserError(f"{config.out} exists and holds no run of accvideo distill; choose another --out")
     if not others:
-        config.out.mkdir(parents=True, exist_ok=True)
+        with writing(config.out):
+            config.out.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(own, indent=2).encode() + b"\n")
         return
     # A run of an earlier version did what an option that it did not have does by default.

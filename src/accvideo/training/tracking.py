@@ -1,12 +1,17 @@
 """Metrics for those who watch a training: TensorBoard where it is installed, Weights & Biases where it is asked for."""
 
 import hashlib
+import os
+import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
+from accvideo.training.checkpoint import appended, writing
 from accvideo.types import UserError
 
 Tracker = Literal["auto", "none", "tensorboard", "wandb"]
@@ -52,6 +57,9 @@ def tracked(tracker: Tracker, out: Path, settings: Mapping[str, Any], iteration:
         out: folder of the student; TensorBoard's files go to `out/tensorboard`.
         settings: of the run, as JSON.
         iteration: where the run goes on; TensorBoard forgets what a killed run wrote of later iterations.
+
+    Raises:
+        UserError: TensorBoard's files cannot be written.
     """
     if tracker == "auto":
         tracker = "tensorboard" if find_spec("tensorboard") is not None else "none"
@@ -67,16 +75,29 @@ def tracked(tracker: Tracker, out: Path, settings: Mapping[str, Any], iteration:
 
 @contextmanager
 def _tensorboard(folder: Path, iteration: int) -> Iterator[Write]:
-    from torch.utils.tensorboard import SummaryWriter
+    # Not torch's SummaryWriter: a thread of its own writes, whose errors come late, after a traceback.
+    from tensorboard.compat.proto import event_pb2
+    from tensorboard.summary.writer.record_writer import RecordWriter
+    from torch.utils.tensorboard.summary import scalar, text
 
-    def write(line: Mapping[str, Any]) -> None:
-        for name, value in scalars(line).items():
-            writer.add_scalar(name, value, line["iteration"])
-        if "alarm" in line:
-            writer.add_text("alarms", line["message"], line["iteration"])
-            writer.flush()
+    protocol: Any = event_pb2
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+    with appended(folder / name) as append:
+        records = RecordWriter(SimpleNamespace(write=append))
 
-    with SummaryWriter(str(folder), purge_step=iteration or None) as writer:
+        def add(**what: Any) -> None:
+            records.write(protocol.Event(wall_time=time.time(), **what).SerializeToString())
+
+        def write(line: Mapping[str, Any]) -> None:
+            for name, value in scalars(line).items():
+                add(step=line["iteration"], summary=scalar(name, value))
+            if "alarm" in line:
+                add(step=line["iteration"], summary=text("alarms", line["message"]))
+
+        add(file_version="brain.Event:2")
+        add(step=iteration, session_log=protocol.SessionLog(status=protocol.SessionLog.START))
         yield write
 
 
@@ -86,14 +107,19 @@ def _wandb(out: Path, settings: Mapping[str, Any]) -> Iterator[Write]:
 
     # The same folder is the same run, also after a kill; steps are ours, for W&B's own may not go back.
     identity = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
-    with wandb.init(
+    run = wandb.init(
         project="accvideo", name=out.name, id=identity, dir=str(out), config=dict(settings), resume="allow"
-    ) as run:
-        run.define_metric("*", step_metric="iteration")
+    )
+    run.define_metric("*", step_metric="iteration")
 
-        def write(line: Mapping[str, Any]) -> None:
-            run.log({"iteration": line["iteration"], **scalars(line)})
-            if "alarm" in line:
-                run.alert(title=line["alarm"], text=line["message"])
+    def write(line: Mapping[str, Any]) -> None:
+        run.log({"iteration": line["iteration"], **scalars(line)})
+        if "alarm" in line:
+            run.alert(title=line["alarm"], text=line["message"])
 
+    code = 1
+    try:
         yield write
+        code = 0
+    finally:
+        run.finish(exit_code=code)  # as a context it would print the traceback of an error that has a message
