@@ -19,6 +19,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from accvideo.types import UserError
+
 Made = TypeVar("Made")
 
 PATIENCE = timedelta(hours=1)
@@ -31,6 +33,9 @@ def joined_ranks(device: str) -> Iterator[None]:
 
     Args:
         device: that they train on.
+
+    Raises:
+        UserError: another rank has ended, in an error or by a kill.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
@@ -39,8 +44,17 @@ def joined_ranks(device: str) -> Iterator[None]:
     if torch.device(device).type == "cuda":
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(backend, timeout=PATIENCE)
-    yield
+    try:
+        dist.init_process_group(backend, timeout=PATIENCE)
+        yield
+    except RuntimeError as error:
+        if "gloo/transport" not in str(error):
+            raise
+        reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
+        raise UserError(
+            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} has lost another one: {reason}\n"
+            "That one's own last words say why; the same command then goes on from the last checkpoint"
+        ) from error
     # After an error there is no orderly end: the other ranks may be waiting for this one, until torchrun ends them.
     dist.destroy_process_group()
 
