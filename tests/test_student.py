@@ -310,6 +310,9 @@ def test_a_student_of_another_teacher_is_refused(folder: TrajectoryFolder, tmp_p
     path.write_text(json.dumps(json.loads(path.read_text()) | {"teacher": str(tmp_path / "other")}))
     with pytest.raises(UserError, match="another teacher"):
         load_student(tmp_path / "student")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprints": {}}))
+    with pytest.raises(UserError, match="another teacher"):
+        load_student(tmp_path / "student")
 
 
 def test_a_student_made_before_its_teachers_scheduler_was_kept_is_read(folder: TrajectoryFolder, tmp_path: Path):

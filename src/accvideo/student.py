@@ -273,7 +273,7 @@ def load_student(
     denoiser: Any
     for name, denoiser in denoisers(pipeline).items():
         found = fingerprint(denoiser) if quantization is None else stored_fingerprint(denoiser)
-        if found != config.fingerprints[name]:
+        if found != config.fingerprints.get(name):
             raise UserError(f"{folder} is a student of another teacher than {config.teacher} is now")
         if config.lora_rank is None:
             own_quantization = None if quantization is None else quantization_config(quantization, dtype)
