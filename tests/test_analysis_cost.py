@@ -88,26 +88,26 @@ def test_forward_passes_are_those_that_are_counted(data: Path, tmp_path: Path, c
 
 
 def test_recipes_differ_in_records_and_training():
-    config = CostConfig(out=Path("out"), num_trajectories=960)
+    config = CostConfig(out=Path("out"))
     published, plain, whole, half, quarter = plan_recipes(config)
     assert published.name == PAPER and published.training.update == "alternating" and published.training.full
-    assert published.recording == plain.recording == Recording("euler", 50, 960)
+    assert published.recording == plain.recording == Recording("euler", 50, 480)
     assert plain.training == whole.training == half.training == quarter.training
-    assert [each.recording for each in (whole, half, quarter)] == [Recording("adams2", 20, n) for n in (960, 480, 240)]
-    assert whole.recording.evaluations == 960 * 20 * CALLS
-    assert training_evaluations(published.training) == 32 * (1200 * 9 + 5)
-    assert training_evaluations(whole.training) == 16 * (600 * 3 + 200 * 9 + 5)
+    assert [each.recording for each in (whole, half, quarter)] == [Recording("adams2", 25, n) for n in (480, 240, 120)]
+    assert whole.recording.evaluations == 480 * 25 * CALLS
+    assert training_evaluations(published.training) == 32 * (600 * 9 + 5)
+    assert training_evaluations(whole.training) == 16 * (300 * 3 + 100 * 9 + 5)
     runs = [run for recipe in plan_recipes(config) for run in recipe.runs(Path("cache"), 3)]
     assert len({run.out for run in runs}) == 15 and {run.seed for run in runs} == {0, 1, 2}
     found = {each.recording for each in plan_recipes(config)}
-    assert largest(found) == [Recording("adams2", 20, 960), Recording("euler", 50, 960)]
+    assert largest(found) == [Recording("adams2", 25, 480), Recording("euler", 50, 480)]
 
 
 def test_variants_are_one_change_each_where_records_are_fewest():
     config = CostConfig(out=Path("out"), num_trajectories=960, fractions=(1, 8, 4))
     recipes = plan_recipes(config)
     variants = plan_variants(config, recipes)
-    assert {each.recording for each in variants} == {Recording("adams2", 20, 120)}
+    assert {each.recording for each in variants} == {Recording("adams2", 25, 120)}
     for variant, change in zip(variants, VARIANTS.values(), strict=True):
         assert variant.training == replace(recipes[-1].training, **change) != recipes[-1].training
     assert len({run.out for each in recipes + variants for run in each.runs(Path("cache"), 3)}) == 3 * 10
@@ -118,15 +118,15 @@ def test_what_is_left_shrinks_with_what_is_there(tmp_path: Path):
     config = CostConfig(out=tmp_path, num_trajectories=8, fractions=(1, 2), num_seeds=1, num_prompts=4, variants=False)
     recipes, cache = plan_recipes(config), tmp_path / "cache"
     before = work_left(config, recipes, cache)
-    assert before["recording"].sampled == 8 * CALLS * (50 + 20) and before["evaluating"].clips == 4 * 9
+    assert before["recording"].sampled == 8 * CALLS * (50 + 25) and before["evaluating"].clips == 4 * 9
     assert before["evaluating"].sampled == 4 * (100 + 10 + 5 + 4 + 10 + 4 * 5)
-    (folder := cache / "records-adams2-20-8").mkdir(parents=True)
+    (folder := cache / "records-adams2-25-8").mkdir(parents=True)
     (folder / trajectory_name(3)).touch()
     run = recipes[0].runs(cache, 1)[0]
     run.out.mkdir()
     (run.out / "student.json").touch()
     after = work_left(config, recipes, cache)
-    assert after["recording"].sampled == before["recording"].sampled - 20 * CALLS
+    assert after["recording"].sampled == before["recording"].sampled - 25 * CALLS
     assert after["distilling"].trained == before["distilling"].trained - training_evaluations(run)
 
 
@@ -171,7 +171,7 @@ def test_a_recipe_is_as_good_unless_it_is_worse_by_more_than_a_standard_error():
         ({"num_seeds": 0}, "num_seeds is 0"),
         ({"fractions": (1, 2000)}, "what the records are divided by"),
         ({"fractions": ()}, "fractions is"),
-        ({"fractions": (1, 64)}, "the fewest records are 15, and one of the variants holds out 16"),
+        ({"fractions": (1, 32)}, "the fewest records are 15, and one of the variants holds out 16"),
         ({"num_steps": 18}, "5 student steps do not divide the teacher's 18 steps"),
     ],
 )
@@ -184,7 +184,7 @@ def test_mistakes_are_told_at_once(change: dict[str, Any], message: str):
 def test_recipes_are_recorded_distilled_and_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     config = CostConfig(
         out=tmp_path / "out", num_trajectories=4, fractions=(2,), num_steps=5, num_iterations=10, batch_size=2,
-        lora_rank=2, paper_iterations=5, paper_batch_size=2, num_seeds=1, num_prompts=1, variants=False,
+        paper_iterations=5, paper_batch_size=2, num_seeds=1, num_prompts=1, variants=False,
     )  # fmt: skip
     estimate = cost(replace(config, estimate=True))
     assert not config.out.exists() and "a denoiser evaluation" in capsys.readouterr().err

@@ -43,6 +43,7 @@ def run(family: Family, folder: Path, device: str) -> tuple[Latents, list[tuple[
     for name, settings in LESSONS.items():
         out = folder / f"{name}-{device}"
         config = DistillConfig(data=data, out=out, num_iterations=2, batch_size=1, num_validation=0, device=device)
+        config = replace(config, adversarial_start=0)
         distill(replace(config, media_folder=folder, precision="float32", **settings))
         metrics += numbers_of(out)
     model = load_model(str(folder / f"trajectory-{device}"), device=device)

@@ -34,7 +34,13 @@ from accvideo.types import UserError
 from tests.recorded import record_tiny
 from tests.tiny import tiny_wan_pipeline
 
-ANYWHERE: dict[str, Any] = {"data": Path("data"), "out": Path("out"), "precision": "float32", "device": "cpu"}
+ANYWHERE: dict[str, Any] = {
+    "data": Path("data"),
+    "out": Path("out"),
+    "adversarial_start": 0,
+    "precision": "float32",
+    "device": "cpu",
+}
 
 
 # --- Algorithm 1 on a toy that can be computed by hand ---
@@ -106,6 +112,7 @@ def test_the_updates_are_those_of_algorithm_1_in_its_order(how: Literal["alterna
         full=True,
         num_iterations=6,
         learning_rate=rate,
+        schedule="constant",
         head_learning_rate=head_rate,
         adversarial_weight=weight,
         max_gradient_norm=1e9,
@@ -150,10 +157,14 @@ def test_the_updates_are_those_of_algorithm_1_in_its_order(how: Literal["alterna
 
 
 def test_the_adversarial_half_starts_with_a_whole_sweep():
-    config = DistillConfig(**ANYWHERE, full=True, num_iterations=8, adversarial_start=3)
-    lines: list[dict[str, Any]] = []
-    train(config, toy_training(config), torch.tensor([1.0, 0.6, 0.0]), toy_batches, log=lines.append)
-    assert ["head_loss" in line for line in lines] == [False] * 4 + [True] * 4
+    def is_judged(**settings: Any) -> list[bool]:
+        config = DistillConfig(**ANYWHERE | {"full": True, "num_iterations": 8} | settings)
+        lines: list[dict[str, Any]] = []
+        train(config, toy_training(config), torch.tensor([1.0, 0.6, 0.0]), toy_batches, log=lines.append)
+        return ["head_loss" in line for line in lines]
+
+    assert is_judged(adversarial_start=3) == [False] * 4 + [True] * 4
+    assert is_judged(adversarial_start=None) == [False] * 6 + [True] * 2
 
 
 def test_a_loss_leaves_the_gradients_of_frozen_heads_alone():
@@ -226,9 +237,7 @@ def test_bad_batches_are_skipped_and_no_checkpoint_is_written_among_them():
 
 
 def test_learning_rates_warm_up_and_fall():
-    config = DistillConfig(
-        **ANYWHERE, full=True, num_iterations=14, warmup_iterations=4, learning_rate=1.0, schedule="cosine"
-    )
+    config = DistillConfig(**ANYWHERE, full=True, num_iterations=14, warmup_iterations=4, learning_rate=1.0)
     training, rates = toy_training(config), []
     for training.iteration in range(14):
         set_learning_rates(config, training)
@@ -296,9 +305,7 @@ def test_a_distilled_student_beats_the_teacher_at_few_steps():
         while True:
             yield batch(states[torch.randint(len(states), (256,), generator=generator)])
 
-    config = DistillConfig(
-        **ANYWHERE, full=True, num_iterations=2000, learning_rate=2e-3, adversarial_weight=0, schedule="cosine"
-    )
+    config = DistillConfig(**ANYWHERE, full=True, num_iterations=2000, learning_rate=2e-3, adversarial_weight=0)
     training = start_training(config, {"transformer": MixtureDenoiser()}, sigmas, [batch(test)])
     lines: list[dict[str, Any]] = []
     train(config, training, sigmas, batches, [batch(test)], lines.append)
@@ -333,6 +340,8 @@ def tiny_config(folder: TrajectoryFolder, out: Path, **settings: Any) -> Distill
         "validate_every": 5,
         "save_every": 3,
         "lora_rank": 2,
+        "schedule": "constant",
+        "adversarial_start": 0,
         "precision": "float32",
         "device": "cpu",
     }

@@ -198,6 +198,8 @@ def tiny_config(folder: TrajectoryFolder, out: Path, **settings: Any) -> Distill
         "validate_every": 3,
         "save_every": 2,
         "lora_rank": 2,
+        "schedule": "constant",
+        "adversarial_start": 0,
         "precision": "float32",
         "device": "cpu",
     }

@@ -143,7 +143,7 @@ def test_a_student_is_made_and_runs(family, folder, full):
     assert manifest.denoiser_calls == family.num_guided_calls * NUM_STEPS
     config = DistillConfig(data=folder / "guided", out=out, num_iterations=2, batch_size=2, full=full, lora_rank=2,
                            loss="trajectory" if full else "consistency", media_folder=folder,
-                           num_validation=0, device="cpu")  # fmt: skip
+                           adversarial_start=0, num_validation=0, device="cpu")  # fmt: skip
     if not family.has_lora and not full:
         with pytest.raises(UserError, match="--full"):
             distill(config)

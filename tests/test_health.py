@@ -232,7 +232,8 @@ def test_a_learning_rate_far_too_high_is_told_on_stderr_and_in_the_metrics(
     data = record_tiny(tmp_path)
     config = DistillConfig(
         data=data.path, out=tmp_path / "student", num_iterations=15, batch_size=2, num_validation=2, validate_every=5,
-        full=True, learning_rate=0.3, precision="float32", device="cpu", track="none",
+        full=True, learning_rate=0.3, schedule="constant", adversarial_start=0, precision="float32", device="cpu",
+        track="none",
     )  # fmt: skip
     distill(config)
     lines = read_metrics(config.out / "metrics.jsonl")

@@ -76,7 +76,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
         replace(
             recipe,
             num_iterations=config.num_iterations,
-            adversarial_start=round(share * recipe.adversarial_start),
+            adversarial_start=round(share * recipe.first_adversarial),
             seed=config.seed,
         )
     )

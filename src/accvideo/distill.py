@@ -112,7 +112,7 @@ def train(
         parts = list(islice(stream, config.accumulate))
         set_learning_rates(config, training)
 
-        if discriminator is not None and step.start == 0 and iteration >= config.adversarial_start:
+        if discriminator is not None and step.start == 0 and iteration >= config.first_adversarial:
             rollouts.start(parts, iteration, fresh=not shared)
         judged, line = bool(rollouts.queues[step.start]), dict[str, Tensor]()
         measured = partial(add_means, line, len(parts))

@@ -24,7 +24,7 @@ from accvideo.planning.cost import Cost, at_depth, measure, metered
 from accvideo.planning.networks import Network
 from accvideo.presets import Preset, find_preset, meta
 from accvideo.student import Student, adapted_layers
-from accvideo.training.recipe import paper
+from accvideo.training.recipe import DistillConfig, paper
 from accvideo.training.steps import Step, paired_loss, student_step
 from accvideo.trajectory import TrajectoryBatch
 from accvideo.types import UserError
@@ -87,7 +87,7 @@ class PlanConfig:
     """GPUs that record and distill; one of them generates."""
     num_trajectories: int | None = None
     """Trajectories to record; by default each of the training's samples is drawn once (iterations x batch size)."""
-    lora_rank: int = 16
+    lora_rank: int = DistillConfig.lora_rank
     """Rank of the LoRA, where one is trained."""
 
     def __post_init__(self) -> None:

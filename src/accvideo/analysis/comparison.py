@@ -179,7 +179,6 @@ def train(config: BaselinesConfig, run: Run, cache: Path, manifest: Manifest, nu
                 batch_size=config.batch_size,
                 full=True,
                 learning_rate=run.learning_rate,
-                schedule="cosine",
                 loss="consistency" if run.method == "consistency" else "trajectory",
                 adversarial_weight=0.1 if run.method == "accvideo" else 0.0,
                 adversarial_start=round(start * num_iterations),

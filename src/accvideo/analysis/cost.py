@@ -62,24 +62,22 @@ class CostConfig:
 
     out: Path
     """Folder for records, students, numbers, table and figure."""
-    num_trajectories: int = 960
+    num_trajectories: int = 480
     """Records of the paper's recipe."""
     fractions: tuple[int, ...] = (1, 2, 4)
     """The default recipe is tried with the whole, a half and a quarter of these records."""
     solver: Solver = "adams2"
     """Of the default recipe's recording."""
-    num_steps: int = 20
+    num_steps: int = 25
     """Of the default recipe's recording."""
-    num_iterations: int = 800
-    """Of the default recipe; the adversarial half takes part in the last quarter."""
-    batch_size: int = 16
+    num_iterations: int = DistillConfig.num_iterations
     """Of the default recipe."""
-    lora_rank: int = 32
+    batch_size: int = DistillConfig.batch_size
     """Of the default recipe."""
     variants: bool = True
     """Also try one change each of the default recipe on the fewest records: a running mean of the weights, the best
     student by held-out trajectories, several updates of the heads, the adversarial half from the start, no LoRA."""
-    paper_iterations: int = 1200
+    paper_iterations: int = 600
     """Of the paper's recipe; the adversarial half takes part in all of them."""
     paper_batch_size: int = 32
     """Of the paper's recipe."""
@@ -96,7 +94,7 @@ class CostConfig:
     """`auto` takes the accelerator if there is one."""
 
     def __post_init__(self) -> None:
-        names = ("num_trajectories", "num_iterations", "batch_size", "lora_rank", "paper_iterations")
+        names = ("num_trajectories", "num_iterations", "batch_size", "paper_iterations")
         for name in (*names, "paper_batch_size", "num_seeds", "num_prompts"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
@@ -216,9 +214,6 @@ def plan_recipes(config: CostConfig) -> list[Recipe]:
         out=Path(),
         num_iterations=config.num_iterations,
         batch_size=config.batch_size,
-        lora_rank=config.lora_rank,
-        schedule="cosine",
-        adversarial_start=round(0.75 * config.num_iterations),
         num_validation=0,
         device=config.device,
     )
@@ -246,7 +241,7 @@ def plan_variants(config: CostConfig, recipes: Sequence[Recipe]) -> list[Recipe]
 
 def iterations_of(config: DistillConfig) -> tuple[int, int]:
     """Iterations without and with the adversarial half, which begins with a sweep of the key points."""
-    first = -(-config.adversarial_start // STUDENT_STEPS) * STUDENT_STEPS
+    first = -(-config.first_adversarial // STUDENT_STEPS) * STUDENT_STEPS
     judged = max(0, config.num_iterations - first) if config.adversarial_weight else 0
     return config.num_iterations - judged, judged
 

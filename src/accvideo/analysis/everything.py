@@ -92,7 +92,7 @@ class Sizes:
     solver_prompts: int = 16
     solver_steps: tuple[int, ...] = (10, 15, 20, 25, 50)
     reference_steps: int = 500
-    cost: tuple[int, int, int, int] = (960, 800, 1200, 32)
+    cost: tuple[int, int, int, int] = (480, 400, 600, 32)
     """Records, iterations, and the paper's iterations and batch size, of the comparison of costs."""
     cost_variants: bool = True
 
