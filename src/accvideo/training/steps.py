@@ -284,10 +284,8 @@ def weights(student: Student, values: dict[str, Tensor]) -> Iterator[None]:
     trained = student.trained()
     own = {name: trained[name].detach().clone() for name in values}
     set_weights(student, values)
-    try:
-        yield
-    finally:
-        set_weights(student, own)
+    yield
+    set_weights(student, own)  # not after an error: some may be gathered then, and the training is over
 
 
 @torch.no_grad()
