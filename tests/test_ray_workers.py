@@ -175,9 +175,10 @@ def test_recording_stops_where_workers_die_over_a_block_and_keeps_the_others(clu
     killer.join()
     recorded = {name: data for name, data in contents(pooled.out).items() if not name.startswith(".")}
     missing = expected.keys() - recorded.keys()
-    assert len(killed) == 3 and missing == {trajectory_name(4), trajectory_name(5)}
+    # Of another block that was under way when the pool stopped, some may be missing too.
+    assert len(killed) == 3 and {trajectory_name(4), trajectory_name(5)} <= missing < expected.keys()
     assert recorded == {name: data for name, data in expected.items() if name not in missing}
-    assert record(replace(config, out=pooled.out))["num_recorded"] == 2
+    assert record(replace(config, out=pooled.out))["num_recorded"] == len(missing)
     assert contents(pooled.out) == expected
 
 
