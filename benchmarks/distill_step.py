@@ -95,7 +95,7 @@ def begin(setting: Setting, **settings: Any) -> tuple[Any, Any, Any]:
     batch = TrajectoryBatch(setting.states, calls, ("transformer",) * 5, ("",) * size, tuple(range(size)))
     config = DistillConfig(
         data="", out=Path(), num_iterations=10**9, save_every=10**9, device="cpu", precision=setting.precision,
-        lora_rank=RANK, **settings,
+        lora_rank=RANK, adversarial_start=0, **settings,
     )  # fmt: skip
     return config, start_training(config, {"transformer": setting.denoiser()}, SIGMAS, [batch]), batch
 

@@ -33,6 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> TrajectoryFolder:
 
 def config(folder: TrajectoryFolder, out: Path, *num_student_steps: int, **settings: Any) -> DistillConfig:
     defaults = {"num_iterations": 10, "batch_size": 2, "num_validation": 2, "lora_rank": 2, "precision": "float32"}
+    defaults |= {"adversarial_start": 0}
     return DistillConfig(
         data=str(folder.path), out=out, num_student_steps=num_student_steps, device="cpu", **defaults | settings
     )
