@@ -6,7 +6,8 @@
 
 Four runs that differ in one setting each, one after the other, about a second an iteration on one core; those that went
 wrong are stopped soon after it showed. Their metrics go to docs/healthy-training/metrics.json, which the tests of the
-alarms read too, and the pictures beside it. `--only NAME` makes one run, `--draw` none.
+alarms read too, and the pictures beside it. `--only NAME` makes one run, `--draw` none: it draws what
+metrics.json holds.
 """
 
 import argparse
@@ -35,13 +36,14 @@ RUNS: dict[str, tuple[dict[str, Any], int]] = {
 }
 """What differs from the healthy recipe, and the iteration at which the run is stopped."""
 
-COLORS = {
-    "healthy": ("#1a7f37", "#3fb950"),
-    "learning rate x 100": ("#cf222e", "#ff7b72"),
-    "adversarial weight 10": ("#8250df", "#d2a8ff"),
-    "frozen heads": ("#9a6700", "#d29922"),
-}
-"""Of the curves, on a light page and on a dark one."""
+COLORS = (
+    ("#1a7f37", "#3fb950"),
+    ("#cf222e", "#ff7b72"),
+    ("#8250df", "#d2a8ff"),
+    ("#9a6700", "#d29922"),
+    ("#0969da", "#58a6ff"),
+)
+"""Of the curves, in their order, on a light page and on a dark one."""
 
 
 def recipe(data: Path, out: Path) -> DistillConfig:
@@ -109,7 +111,7 @@ def style() -> str:
     for side in range(2):
         rules = [
             f".run{i} {{ stroke: {colors[side]} }} .bell{i} {{ fill: {colors[side]} }}"
-            for i, colors in enumerate(COLORS.values())
+            for i, colors in enumerate(COLORS)
         ]
         sides.append("\n".join(rules))
     return STYLE % tuple(sides)
@@ -122,29 +124,29 @@ def picture(
     limits: Sequence[float] = (),
     logarithmic: bool = True,
 ) -> str:
-    """One chart: a curve a run, a bell where its alarm rang, dotted lines at the limits."""
+    """One chart: a curve a run or key point, a bell where its alarm rang, dotted lines at the limits."""
     ys = [y for points in curves.values() for _, y in points if math.isfinite(y)] + list(limits)
     low, high = (min(ys) / 1.2, max(ys) * 1.2) if logarithmic else (min(ys), max(ys))
     ticks = log_ticks(low, high) if logarithmic else nice_ticks(low, high)
     plot = Plot((0, 60), (low, high) if logarithmic else (ticks[0], ticks[-1]), y_log=logarithmic)
     marks = [f'<line class="limit" x1="44" x2="428" y1="{plot.y(y):.1f}" y2="{plot.y(y):.1f}"/>' for y in limits]
-    for i, name in enumerate(RUNS):
+    for i, name in enumerate(curves):
         if not (points := [(x, y) for x, y in curves[name] if math.isfinite(y)]):
             continue
         path = " ".join(f"{plot.x(x):.1f},{plot.y(y):.1f}" for x, y in points)
         marks.append(f'<polyline class="run{i}" points="{path}"><title>{escape(name)}</title></polyline>')
-        for bell in bells[name]:
+        for bell in bells.get(name, ()):
             x, y = min(points, key=lambda point: abs(point[0] - bell))
             marks.append(
                 f'<circle class="bell{i}" cx="{plot.x(x):.1f}" cy="{plot.y(y):.1f}" r="5"><title>alarm at iteration '
                 f"{bell}</title></circle>"
             )
-    keys = [
-        f'<line class="run{i}" x1="{44 + 200 * (i % 2)}" x2="{64 + 200 * (i % 2)}" y1="{290 + 18 * (i // 2)}" '
-        f'y2="{290 + 18 * (i // 2)}" stroke-width="2"/><text x="{70 + 200 * (i % 2)}" y="{294 + 18 * (i // 2)}">'
-        f"{escape(name)}</text>"
-        for i, name in enumerate(RUNS)
-    ]
+    num_columns = 2 if len(curves) <= 4 else 5
+    keys = []
+    for i, name in enumerate(curves):
+        x, y = 44 + 400 // num_columns * (i % num_columns), 290 + 18 * (i // num_columns)
+        keys.append(f'<line class="run{i}" x1="{x}" x2="{x + 20}" y1="{y}" y2="{y}" stroke-width="2"/>')
+        keys.append(f'<text x="{x + 26}" y="{y + 4}">{escape(name)}</text>')
     chart = plot.svg("".join(marks), "iteration", ticks, range(0, 61, 10), title)
     body = chart[chart.index(">") + 1 : -len("</svg>")]
     return (
@@ -196,10 +198,46 @@ def draw(runs: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
     )
     pulls = each(lambda name, lines: [(x, math.exp(y)) for x, y in sweeps(lines, pull)])
     heads = each(lambda name, lines: sweeps(lines, lambda line: line["head_loss"]))
+
+    def judged_right(line: dict[str, Any]) -> float:
+        return 50 * (line["real_accuracy"] + line["fake_accuracy"])
+
+    def by_keypoint(value: Callable[[dict[str, Any]], float]) -> dict[str, Points]:
+        """Of the healthy run, for each key point that a step ends at: 1 follows the noise, 5 is the video."""
+        judged = [line for line in runs["healthy"] if "head_loss" in line]
+        return {
+            f"{number + 1}": [(line["iteration"], value(line)) for line in judged if line["keypoint"] == number]
+            for number in range(5)
+        }
+
     pictures = {
         "trajectory-loss": picture("Trajectory loss over the teacher's own at 5 steps", loss, bells("diverging"), [2]),
         "pull": picture("Adversarial over trajectory gradient norm", pulls, bells("adversarial_pull"), [1]),
         "head-loss": picture("Loss of the heads", heads, bells("heads_idle"), [CHANCE_LOSSES["nonsaturating"]], False),
+        "accuracy": picture(
+            "Tokens that the heads judge right, %",
+            each(lambda name, lines: sweeps(lines, judged_right)),
+            {},
+            [50],
+            False,
+        ),
+        "accuracy-by-key-point": picture(
+            "Healthy: tokens judged right by key point, %",
+            by_keypoint(judged_right),
+            {},
+            [50],
+            False,
+        ),
+        "logit-gap": picture(
+            "Logit gap, the teacher's less the student's",
+            each(lambda name, lines: sweeps(lines, lambda line: line["logit_gap"])),
+            {},
+            [0],
+            False,
+        ),
+        "logit-gap-by-key-point": picture(
+            "Healthy: logit gap by key point", by_keypoint(lambda line: line["logit_gap"]), {}, [0], False
+        ),
         "latent-error": picture(
             "Distance to the teacher's held-out latents",
             each(lambda name, lines: validations(lines, "latent_error")),
@@ -222,21 +260,26 @@ def draw(runs: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
 def main() -> None:
     """Make the runs that are asked for, gather their metrics, draw the pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="folder of recorded trajectories of the playground")
+    parser.add_argument("data", type=Path, nargs="?", help="folder of recorded trajectories of the playground")
     parser.add_argument("--out", type=Path, default=Path("runs/healthy-training"), help="folder of the students")
     parser.add_argument("--only", choices=RUNS, help="the one run to make")
-    parser.add_argument("--draw", action="store_true", help="make no run, draw those that there are")
+    parser.add_argument("--draw", action="store_true", help="make no run, draw metrics.json again")
     arguments = parser.parse_args()
-    folders = {name: arguments.out / name.replace(" ", "-") for name in RUNS}
-    for name in [] if arguments.draw else [arguments.only] if arguments.only else RUNS:
-        make(name, arguments.data, folders[name])
-    if arguments.only:
-        return
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    runs = {name: lines_of(name, folder) for name, folder in folders.items()}
-    tables = {name: ",\n".join(map(json.dumps, lines)) for name, lines in runs.items()}
-    rows = ",\n".join(f"{json.dumps(name)}: [\n{table}\n]" for name, table in tables.items())
-    (FOLDER / "metrics.json").write_text(f"{{\n{rows}\n}}\n", "utf-8")
+    metrics = FOLDER / "metrics.json"
+    if not arguments.draw:
+        if arguments.data is None:
+            parser.error("give the folder of trajectories, or --draw")
+        folders = {name: arguments.out / name.replace(" ", "-") for name in RUNS}
+        for name in [arguments.only] if arguments.only else RUNS:
+            make(name, arguments.data, folders[name])
+        if arguments.only:
+            return
+        lines = {name: lines_of(name, folder) for name, folder in folders.items()}
+        tables = {name: ",\n".join(map(json.dumps, each)) for name, each in lines.items()}
+        rows = ",\n".join(f"{json.dumps(name)}: [\n{table}\n]" for name, table in tables.items())
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        metrics.write_text(f"{{\n{rows}\n}}\n", "utf-8")
+    runs = json.loads(metrics.read_text("utf-8"))
     for name, text in draw(runs).items():
         (FOLDER / f"{name}.svg").write_text(text, "utf-8")
     for name, lines in runs.items():
