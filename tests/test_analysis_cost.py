@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
+from accvideo.analysis.budget import judged_iterations, training_evaluations
 from accvideo.analysis.cost import (
     CALLS,
     PAPER,
@@ -18,11 +19,9 @@ from accvideo.analysis.cost import (
     cheapest,
     compare,
     cost,
-    iterations_of,
     largest,
     plan_recipes,
     plan_variants,
-    training_evaluations,
     work_left,
     write_beginning,
 )
@@ -53,6 +52,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"adversarial_start": 6},
         {"adversarial_start": 3, "update": "shared"},
         {"adversarial_start": 99},
+        {"adversarial_start": 3, "fresh_rollouts": True},
+        {"adversarial_start": 0, "fresh_rollouts": True, "update": "shared"},
         {"adversarial_start": 6, "head_updates": 3},
         {"adversarial_start": 6, "num_validation": 2, "validate_every": 5},
     ],
@@ -64,7 +65,8 @@ def test_forward_passes_are_those_that_are_counted(data: Path, tmp_path: Path, c
     """
     options = {"num_validation": 0, "track": "none", **change}
     config = DistillConfig(data=str(data), out=tmp_path / "out", num_iterations=13, batch_size=2, **options)
-    plain, judged = iterations_of(config)
+    iterations = judged_iterations(config, 5)
+    plain, judged = 13 - len(iterations), len(iterations)
     seen = 0
 
     def count(module: torch.nn.Module, args: Any, kwargs: Any = None) -> None:
@@ -81,10 +83,11 @@ def test_forward_passes_are_those_that_are_counted(data: Path, tmp_path: Path, c
     first_look = 5 if config.adversarial_weight else 0
     # Before the first iteration, after 5, 10 and 13: each step from the record, and in the student's own way.
     validations = 4 * 10 if config.num_validation else 0
-    assert seen == plain + judged * together + first_look + validations and plain + judged == 13
+    led = sum(each % 5 for each in iterations) if config.fresh_rollouts else 0
+    assert seen == plain + judged * together + led + first_look + validations
     # A paired step has a backward pass, 2; a judged one another and that through the features to their input, 1.
     backward = 2 * (plain + judged) + (1 if config.update == "shared" else 3) * judged
-    assert training_evaluations(config) == 2 * (seen + backward)
+    assert training_evaluations(config, 5) == 2 * (seen + backward)
 
 
 def test_recipes_differ_in_records_and_training():
@@ -95,8 +98,8 @@ def test_recipes_differ_in_records_and_training():
     assert plain.training == whole.training == half.training == quarter.training
     assert [each.recording for each in (whole, half, quarter)] == [Recording("adams2", 25, n) for n in (480, 240, 120)]
     assert whole.recording.evaluations == 480 * 25 * CALLS
-    assert training_evaluations(published.training) == 32 * (600 * 9 + 5)
-    assert training_evaluations(whole.training) == 16 * (300 * 3 + 100 * 9 + 5)
+    assert training_evaluations(published.training, 5) == 32 * (600 * 9 + 5)
+    assert training_evaluations(whole.training, 5) == 16 * (300 * 3 + 100 * 9 + 5)
     runs = [run for recipe in plan_recipes(config) for run in recipe.runs(Path("cache"), 3)]
     assert len({run.out for run in runs}) == 15 and {run.seed for run in runs} == {0, 1, 2}
     found = {each.recording for each in plan_recipes(config)}
@@ -127,7 +130,7 @@ def test_what_is_left_shrinks_with_what_is_there(tmp_path: Path):
     (run.out / "student.json").touch()
     after = work_left(config, recipes, cache)
     assert after["recording"].sampled == before["recording"].sampled - 25 * CALLS
-    assert after["distilling"].trained == before["distilling"].trained - training_evaluations(run)
+    assert after["distilling"].trained == before["distilling"].trained - training_evaluations(run, 5)
 
 
 def test_the_beginning_of_a_data_set_is_one(data: Path, tmp_path: Path):

@@ -103,9 +103,12 @@ def sigmoid(value: float) -> float:
     return 1 / (1 + math.exp(-value))
 
 
+@pytest.mark.parametrize("is_fresh", [False, True])
 @pytest.mark.parametrize("how", ["alternating", "joint", "shared"])
-def test_the_updates_are_those_of_algorithm_1_in_its_order(how: Literal["alternating", "joint", "shared"]):
-    """And those of its cheaper variants."""
+def test_the_updates_are_those_of_algorithm_1_in_its_order(
+    how: Literal["alternating", "joint", "shared"], is_fresh: bool
+):
+    """And those of its variants."""
     weight, rate, head_rate, sigmas = 0.5, 0.1, 0.2, [1.0, 0.6, 0.0]
     config = DistillConfig(
         **ANYWHERE,
@@ -117,6 +120,7 @@ def test_the_updates_are_those_of_algorithm_1_in_its_order(how: Literal["alterna
         adversarial_weight=weight,
         max_gradient_norm=1e9,
         update=how,
+        fresh_rollouts=is_fresh,
     )
     training = toy_training(config)
     seen: list[list[float]] = []
@@ -137,11 +141,13 @@ def test_the_updates_are_those_of_algorithm_1_in_its_order(how: Literal["alterna
         states = toy_batch(iteration).states.flatten(1)
         targets = ((states[:, k + 1] - states[:, k]) / gap).tolist()
         gradient = sum(2 * (theta - target) for target in targets) / 2
-        if how == "alternating":
-            theta -= rate * gradient
-        if k == 0:  # fresh noise, and the record whose latents are the real ones throughout the sweep
+        if k == 0 or is_fresh:  # fresh noise, and the record whose latents are the real ones throughout the sweep
             fresh, record = torch.randn(2, 1, 1, generator=noise_source).flatten().tolist(), states
             latents = record[:, 0].tolist() if how == "shared" else fresh
+        if k == 1 and is_fresh:
+            latents = [value + (sigmas[1] - sigmas[0]) * theta for value in latents]
+        if how == "alternating":
+            theta -= rate * gradient
         if how == "shared":  # the target leads from where the student is to the record's next state
             pairs = zip(latents, record[:, k + 1].tolist(), strict=True)
             gradient = sum(2 * (theta - (real - value) / gap) for value, real in pairs) / 2
@@ -165,6 +171,7 @@ def test_the_adversarial_half_starts_with_a_whole_sweep():
 
     assert is_judged(adversarial_start=3) == [False] * 4 + [True] * 4
     assert is_judged(adversarial_start=None) == [False] * 6 + [True] * 2
+    assert is_judged(adversarial_start=3, fresh_rollouts=True) == [False] * 3 + [True] * 5
 
 
 def test_a_loss_leaves_the_gradients_of_frozen_heads_alone():

@@ -62,6 +62,7 @@ from accvideo.training.steps import (
     store,
     student_step,
     student_sweeps,
+    sweep_of_iteration,
     update,
     weights,
 )
@@ -112,8 +113,10 @@ def train(
         parts = list(islice(stream, config.accumulate))
         set_learning_rates(config, training)
 
-        if discriminator is not None and step.start == 0 and iteration >= config.first_adversarial:
+        starts = step.start == 0 or config.fresh_rollouts
+        if discriminator is not None and starts and iteration >= config.first_adversarial:
             rollouts.start(parts, iteration, fresh=not shared)
+            rollouts.lead(student, sigmas, sweep_of_iteration(sweeps, iteration), step)
         judged, line = bool(rollouts.queues[step.start]), dict[str, Tensor]()
         measured = partial(add_means, line, len(parts))
 

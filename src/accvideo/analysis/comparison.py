@@ -8,6 +8,7 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from accvideo.analysis.baselines.training import Recipe, train_baseline
+from accvideo.analysis.budget import CONSISTENT, JUDGED, PAIRED
 from accvideo.analysis.figure import markdown_table
 from accvideo.analysis.folder import open_analysis, origin, settings_of, write_results
 from accvideo.analysis.students import Evaluation, evaluate_kinds, metric_figure, metric_table
@@ -20,16 +21,6 @@ from accvideo.types import UserError
 
 Method = Literal["trajectory", "accvideo", "perflow", "consistency", "dmd2"]
 METHODS: tuple[Method, ...] = ("trajectory", "accvideo", "perflow", "consistency", "dmd2")
-
-PAIRED = 3
-"""Evaluations for a sample of the trajectory loss: forward and backward."""
-
-CONSISTENT = 4
-"""Of the consistency loss: that, and the student's call at the second point; the teacher's calls come on top."""
-
-JUDGED = 6
-"""Of the adversarial half: a student's step with its gradient, the teacher's features of the fake with the gradient of
-its input, and of the real one."""
 
 ADVERSARIAL_START = 0.6
 """Share of the iterations of AccVideo's before the adversarial half, as in the preset `playground`."""

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from accvideo.analysis.comparison import JUDGED, PAIRED
+from accvideo.analysis.budget import training_evaluations
 from accvideo.analysis.estimate import CALLS, PLAYGROUND, Work, show_estimate
 from accvideo.analysis.figure import Panel, color, figure, markdown_table, whisker, whisker_ticks
 from accvideo.analysis.folder import open_analysis, origin, settings_of, write_results
@@ -177,7 +177,7 @@ def cost(config: CostConfig) -> dict[str, Any]:
             "name": recipe.name,
             "num_trajectories": recipe.recording.num_trajectories,
             "recording": recipe.recording.evaluations,
-            "training": training_evaluations(recipe.training),
+            "training": training_evaluations(recipe.training, STUDENT_STEPS),
             "recipe": {name: str(value) for name, value in asdict(recipe.training).items()},
             "metrics": rows[recipe.name]["metrics"],
         }
@@ -239,23 +239,6 @@ def plan_variants(config: CostConfig, recipes: Sequence[Recipe]) -> list[Recipe]
     ]
 
 
-def iterations_of(config: DistillConfig) -> tuple[int, int]:
-    """Iterations without and with the adversarial half, which begins with a sweep of the key points."""
-    first = -(-config.first_adversarial // STUDENT_STEPS) * STUDENT_STEPS
-    judged = max(0, config.num_iterations - first) if config.adversarial_weight else 0
-    return config.num_iterations - judged, judged
-
-
-def training_evaluations(config: DistillConfig) -> int:
-    """Denoiser evaluations of a distillation, for one sample each: forward 1, backward 2."""
-    plain, judged = iterations_of(config)
-    together = JUDGED if config.update == "shared" else PAIRED + JUDGED
-    first_look = STUDENT_STEPS if config.adversarial_weight else 0  # at the features of each key point
-    num_validations = 1 + -(-config.num_iterations // config.validate_every)
-    validation = config.num_validation * num_validations * 2 * STUDENT_STEPS  # each step from the record, and sampled
-    return config.batch_size * (plain * PAIRED + judged * together + first_look) + validation
-
-
 def work_left(config: CostConfig, recipes: Sequence[Recipe], cache: Path) -> dict[str, Work]:
     """By stage, what has not been done yet; an evaluation counts whole until it is done."""
     recordings = {recipe.recording for recipe in recipes}
@@ -264,7 +247,7 @@ def work_left(config: CostConfig, recipes: Sequence[Recipe], cache: Path) -> dic
         for each, most in ((each, each.num_trajectories) for each in largest(recordings))
     )
     runs = [run for recipe in recipes for run in recipe.runs(cache, config.num_seeds)]
-    trained = sum(training_evaluations(run) for run in runs if not (run.out / "student.json").exists())
+    trained = sum(training_evaluations(run, STUDENT_STEPS) for run in runs if not (run.out / "student.json").exists())
     # The teacher at all its steps; at the student's number with guidance, without, half as many with; and by UniPC.
     teacher = CALLS * PAPER_STEPS + CALLS * STUDENT_STEPS + STUDENT_STEPS + STUDENT_STEPS // 2 * CALLS
     num_rows, calls = 5 + len(runs), teacher + CALLS * STUDENT_STEPS + len(runs) * STUDENT_STEPS

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from accvideo.analysis.ablation import BEYOND, FIGURE_7, FRACTIONS
-from accvideo.analysis.comparison import JUDGED, METHODS, PAIRED
+from accvideo.analysis.budget import JUDGED, PAIRED
+from accvideo.analysis.comparison import METHODS
 from accvideo.analysis.cost import CostConfig, plan_recipes, plan_variants, work_left
 from accvideo.analysis.coverage import NUM_FOLLOWED_LEVELS
 from accvideo.analysis.estimate import CALLS, PLAYGROUND, Work, duration, show_estimate
@@ -199,11 +200,13 @@ def keypoints_part(sizes: Sizes, place: Place) -> Part:
 
 def ablation_part(sizes: Sizes, place: Place) -> Part:
     """The paper's Figure 7, and beyond."""
-    num_variants = len(FIGURE_7) + (0 if sizes.figure_7 else len(BEYOND) + len(FRACTIONS) + 1)
+    # Beyond them, another start of the adversarial half and chosen trajectories.
+    num_variants = len(FIGURE_7) + (0 if sizes.figure_7 else len(BEYOND) + len(FRACTIONS) + 2)
     options = ("--figure-7",) if sizes.figure_7 else ("--keep", place.right)
     return Part(
         words(place.cut, options, *student_arguments(sizes)),
-        student_work(sizes, STUDENT_STEPS).times(num_variants * sizes.num_seeds) + teacher_work(sizes, [STUDENT_STEPS]),
+        student_work(sizes, STUDENT_STEPS, adversarial=1.0).times(num_variants * sizes.num_seeds)
+        + teacher_work(sizes, [STUDENT_STEPS]),
     )
 
 
@@ -249,9 +252,9 @@ def errors_part(sizes: Sizes, place: Place) -> Part:
     return Part([*arguments, *words("--batch-size", sizes.batch_size)], work)
 
 
-def student_work(sizes: Sizes, num_student_steps: int) -> Work:
-    """Distilling and evaluating a student by the preset `playground`."""
-    trained = sizes.num_iterations * sizes.batch_size * (PAIRED + ADVERSARIAL * JUDGED)
+def student_work(sizes: Sizes, num_student_steps: int, adversarial: float = ADVERSARIAL) -> Work:
+    """Distilling and evaluating a student by the preset `playground`, or with another share of the adversarial half."""
+    trained = sizes.num_iterations * sizes.batch_size * (PAIRED + adversarial * JUDGED)
     return Work(sizes.num_prompts * num_student_steps, trained, sizes.num_prompts)
 
 

@@ -120,13 +120,22 @@ def whisker_ticks(series: Iterable[Sequence[float]]) -> list[float]:
     return nice_ticks(low, high if high > low else low + 1)
 
 
-def spread_curves(plot: Plot, series: Mapping[str, Mapping[float, Sequence[float]]]) -> str:
-    """Curves of means with their spread: by name, the values of all seeds at each place."""
+def spread_curves(
+    plot: Plot, series: Mapping[str, Mapping[float, Sequence[float]]], tints: Sequence[str] | None = None
+) -> str:
+    """Curves of means with their spread.
+
+    Args:
+        plot: where they are drawn.
+        series: by name, the values of all seeds at each place.
+        tints: color of each; None: the report's, in their order.
+    """
     marks = []
     for number, points in enumerate(series.values()):
+        tint = tints[number] if tints else color(number)
         means = [(x, statistics.fmean(values)) for x, values in points.items()]
-        marks.append(polyline(plot, means, color(number), 1.5))
-        marks += [whisker(plot, x, values, color(number)) for x, values in points.items()]
+        marks.append(polyline(plot, means, tint, 1.5))
+        marks += [whisker(plot, x, values, tint) for x, values in points.items()]
     return "".join(marks)
 
 

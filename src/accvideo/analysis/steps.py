@@ -276,8 +276,9 @@ def trade_panel(rows: Sequence[Mapping[str, Any]], name: str) -> Panel:
     ticks = whisker_ticks(each for points in series.values() for _, each in points)
     plot = Plot(limits, (ticks[0], ticks[-1]), x_log=True)
     curves = {kind: {second: each for second, each in sorted(points)} for kind, points in series.items()}
-    chart = plot.svg(spread_curves(plot, curves), "seconds (logarithmic)", ticks, log_ticks(*limits), title)
-    keys = [(kind, color(number)) for number, kind in enumerate(series)]
+    tints = [*(color(number) for number in range(len(KINDS))), "var(--ink)"]
+    chart = plot.svg(spread_curves(plot, curves, tints), "seconds (logarithmic)", ticks, log_ticks(*limits), title)
+    keys = list(zip(series, tints, strict=True))
     return Panel(f"{title} against seconds of denoising", unit, chart, keys)
 
 

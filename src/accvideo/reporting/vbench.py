@@ -25,13 +25,18 @@ def vbench_section(report: Mapping[str, Any]) -> str:
     tables = _tables(vbench, measured) if measured else ""
     sources = ""
     if measured and vbench["published"]:
-        names = dict.fromkeys(row["source"] for row in vbench["published"])
-        sources = f'<p class="note after">Published: {escape("; ".join(names))}.</p>'
+        names = "; ".join(f"<sup>{i}</sup> {escape(name)}" for i, name in enumerate(published_sources(vbench), 1))
+        sources = f'<p class="note after">Published: {names}.</p>'
     return (
         '<section><h2>VBench</h2><p class="note">In %, higher is better: Huang et al., arXiv:2311.17982. '
         f"{rule} Made from {vbench['num_prompts']} prompts: {_counts(vbench)}.</p>"
         f"{tables}{sources}{_commands(vbench)}</section>"
     )
+
+
+def published_sources(vbench: Mapping[str, Any]) -> list[str]:
+    """Where the published rows are from, each once; a row's number is its source's place."""
+    return list(dict.fromkeys(row["source"] for row in vbench["published"]))
 
 
 def _counts(vbench: Mapping[str, Any]) -> str:
@@ -64,6 +69,7 @@ def percents(model: Mapping[str, Any]) -> dict[str, float]:
 
 def _table(vbench: Mapping[str, Any], measured: Sequence[str], columns: Sequence[str]) -> str:
     titles = SUMMARIES | {name: dimension.title for name, dimension in DIMENSIONS.items()}
+    sources = published_sources(vbench)
     head = "".join(f'<th scope="col">{titles[name].replace(" ", "<br>")}</th>' for name in columns)
     ours = {name: percents(vbench["models"][name]) for name in measured}
     lines = []
@@ -81,7 +87,8 @@ def _table(vbench: Mapping[str, Any], measured: Sequence[str], columns: Sequence
         lines.append(f'<tr class="section"><th scope="rowgroup" colspan="{len(columns) + 1}">Published</th></tr>')
     for row in vbench["published"]:
         cells = "".join(f"<td>{row['percent'][each]:.2f}</td>" for each in columns)
-        lines.append(f'<tr><th scope="row">{escape(row["name"])}<small>{escape(row["size"])}</small></th>{cells}</tr>')
+        detail = f"<small>{escape(row['size'])}<sup>{sources.index(row['source']) + 1}</sup></small>"
+        lines.append(f'<tr><th scope="row">{escape(row["name"])}{detail}</th>{cells}</tr>')
     return (
         '<div class="scroll card" tabindex="0" role="region" aria-label="VBench scores"><table class="vbench">'
         f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"

@@ -94,6 +94,10 @@ class DistillConfig:
     """One student update for each of the two losses, as in Algorithm 1; or one for their sum; or one for the sum of
     both losses of one and the same step, whose rollout starts from the record's own noise. That is 30 % less work, and
     the student learns less from an iteration."""
+    fresh_rollouts: bool = False
+    """Lead what is judged from noise to its key point in one iteration, by the student as it is: (K - 1) / 2
+    evaluations of a sample more, on average. Otherwise an iteration takes it one step on and queues it, as in Algorithm
+    1, so that weights up to a sweep older have led it."""
     shared_head: bool = False
     """One discriminator head for all key points (ablation c of the paper) instead of one each."""
     head_kernel: Literal[1, 3] = 1

@@ -220,12 +220,24 @@ class Rollouts:
         self.generator = torch.Generator().manual_seed(seed)
 
     def start(self, parts: Sequence[TrajectoryBatch], number: int, fresh: bool = True) -> None:
-        """Queue noise for the prompts of a batch: fresh, or the records' own, from which the teacher set out."""
+        """Queue noise for the prompts of a batch: fresh, or the records' own, from which the teacher set out.
+
+        Those of earlier batches are dropped: of fresh rollouts each iteration leaves some that no step takes on.
+        """
+        for queue in self.queues:
+            queue.clear()
         noises = [part.states[:, 0] for part in parts]
         if fresh:
             shape = noises[0].shape[1:]
             noises = drawn_rows(parts, lambda rows: torch.randn(rows, *shape, generator=self.generator))
         self.queues[0] += [Rollout(noise, part, number) for noise, part in zip(noises, parts, strict=True)]
+
+    @torch.no_grad()
+    def lead(self, student: Student, sigmas: Sigmas, sweep: Sweep, step: Step) -> None:
+        """Take what has just been started to where a step of its sweep starts."""
+        for earlier in sweep[: sweep.index(step)]:
+            for _ in range(len(self.queues[earlier.start])):
+                self.advance(student, sigmas, earlier)
 
     def advance(self, student: Student, sigmas: Sigmas, step: Step) -> Rollout:
         """Take the oldest latents at a key point one student step on; only this step has a gradient."""
