@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from accvideo.analysis.ablation import AblationConfig, plan_runs
+from accvideo.analysis.ablation import AblationConfig, learning_evaluations, plan_runs
 from accvideo.analysis.estimate import Speed, Work, duration
 from accvideo.analysis.everything import (
     PARTS,
@@ -71,13 +71,15 @@ def test_the_work_of_ablations_is_that_of_their_plan(quick: None):
     config = AblationConfig(
         data="data", out=Path("out"), keep=Path("right.txt"), num_seeds=2, num_iterations=50, batch_size=4
     )
-    plan = plan_runs(config, 512)
+    plan = plan_runs(config, 512, 5)
     num_students = sum(map(len, plan.values()))
     work = PARTS["ablation"](sizes, PLACE).work
     others = teacher_work(sizes, [5])
     assert work.clips - others.clips == num_students * 10
-    # Three evaluations a sample, six more in the adversarial iterations; five for a clip.
-    assert work.trained == pytest.approx(num_students * 50 * 4 * (3 + 0.4 * 6))
+    # Nine evaluations a sample and iteration for the reference, as many for the others; five for a clip.
+    assert work.trained == num_students * 50 * 4 * 9
+    planned = sum(learning_evaluations(run, 5) for runs in plan.values() for run in runs)
+    assert work.trained == pytest.approx(planned, rel=0.05)
     assert work.sampled - others.sampled == num_students * 10 * 5
 
 
