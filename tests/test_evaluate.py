@@ -16,7 +16,7 @@ from accvideo.generate import ClipBatch, Seconds, sample_clips
 from accvideo.inference.acceleration import Acceleration
 from accvideo.inference.model import Model, load_model, with_arguments
 from accvideo.inference.student_config import read_student_config
-from accvideo.metrics import latent_mse
+from accvideo.metrics import Estimate, latent_mse
 from accvideo.playground.judge import diversity_distance, judge
 from accvideo.playground.world import draw, sample_prompts, scenes_of, to_uint8
 from accvideo.record import record
@@ -29,6 +29,7 @@ from accvideo.reporting.rows import (
     flatten_verdicts,
     read_row,
     restore_verdicts,
+    row_differences,
     row_key,
     row_metrics,
     sample_batch,
@@ -268,6 +269,24 @@ def test_judged_rows(judged: tuple[Task, dict[str, RowData]]):
     assert teacher["motion_error"] is None and student["motion_error"] is not None
     assert student["motion_error"].mean == pytest.approx((missed / motion).item(), rel=1e-4)
     assert student["fvd"] is None, "not asked for"
+
+
+def test_differences_to_the_teacher_are_of_the_same_clips(judged: tuple[Task, dict[str, RowData]]):
+    """Nothing differs from itself, in no resample; the student's two wrong clips are two less than the teacher's."""
+    _, data = judged
+    teacher, student = data["teacher"].values, data["student"].values
+    assert set(row_differences(teacher, teacher, is_judged=False)) == {"flicker"}
+    for estimate in row_differences(teacher, teacher, is_judged=True).values():
+        assert estimate == Estimate(0, 0, 0)
+    found = row_differences(student, teacher, is_judged=True)
+    assert found["all_right"].mean == pytest.approx(-2 / 12)
+    assert found["all_right"].low < -2 / 12 < found["all_right"].high <= 0
+    assert found["count"].mean == student["count"].double().mean() - teacher["count"].double().mean()
+    theirs, ours = (row_metrics(each, is_judged=True)["diversity_distance"] for each in (teacher, student))
+    assert ours and theirs and found["diversity_distance"].mean == pytest.approx(ours.mean - theirs.mean)
+    # What is the same in both falls out of the interval: their flicker is that of the same clips, of which two differ.
+    flicker = row_metrics(student, is_judged=True)["flicker"]
+    assert flicker and found["flicker"].high - found["flicker"].low < flicker.high - flicker.low
 
 
 def test_failures_are_shown(judged: tuple[Task, dict[str, RowData]]):

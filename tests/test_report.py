@@ -71,13 +71,19 @@ def row(name: str, steps: int, calls: int, guidance: float, denoising: float, ri
     }
 
 
+DIFFERENCES = {
+    "all_right": {"mean": -0.014, "low": -0.03, "high": 0.002},
+    "flicker": {"mean": 0.05, "low": 0.01, "high": 0.09},
+}
+
+
 def make_report(judged: bool = True) -> dict[str, Any]:
     rows = [
         row("teacher", 50, 100, 3.0, 0.66, 0.972),
         row("teacher_few", 5, 10, 3.0, 0.068, 0.912),
         row("teacher_equal_calls", 5, 5, 1.0, 0.034, 0.534),
         row("teacher_equal_calls_other", 2, 4, 3.0, 0.027, 0.31),
-        row("student", 5, 5, 1.0, 0.034, 0.958),
+        row("student", 5, 5, 1.0, 0.034, 0.958) | {"differences": DIFFERENCES},
         row("playground-student", 5, 5, 1.0, 0.035, 0.969),
     ]
     if not judged:
@@ -161,6 +167,11 @@ def test_page_parses_and_holds_all_rows(page: str):
         assert text in parsed.text
     assert len(parsed.sprites) == 2 * 5 + 2
     assert "shape, motion" in parsed.text and "Trajectory loss" in parsed.text and "key point 4" in parsed.text
+
+
+def test_differences_to_the_teacher_stand_below_the_metric_and_are_bold_where_they_are_some(page: str):
+    assert re.search(r"95\.8<small>[\d. to]+</small><small>−1\.4 \(−3\.0, \+0\.2\)</small>", page)
+    assert "<small><b>+0.05 (+0.01, +0.09)</b></small>" in page
 
 
 def test_the_training_is_shown_by_its_own_loss():

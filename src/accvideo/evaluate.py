@@ -197,7 +197,7 @@ def write_rows(
         model = load_model(model_name, getattr(torch, config.dtype), device, config.acceleration)
         plan = Plan(name, model.num_steps, model.guidance_scale, is_teacher=False)
         data[name] = run_row(model, plan, task, teacher_key, progress)
-        rows.append(make_row(model, plan, task, data[name]))
+        rows.append(make_row(model, plan, task, data[name], data["teacher"]))
     report = {
         "rows": rows,
         "speedup": speedup(rows),
@@ -309,8 +309,11 @@ def teacher_rows(
     made = {plan.name: run_few(model, plan, task, key, progress) for plan in (few, *equal)}
     data |= {name: row for name, row in made.items() if row is not None}
 
-    rows = {
-        plan.name: make_row(model, plan, task, data[plan.name]) for plan in (full, few, *equal) if plan.name in data
+    rows = {full.name: make_row(model, full, task, data[full.name])}
+    rows |= {
+        plan.name: make_row(model, plan, task, data[plan.name], data[full.name])
+        for plan in (few, *equal)
+        if plan.name in data
     }
     first, other = "teacher_equal_calls", "teacher_equal_calls_other"
     if other in rows and is_better(rows[other], rows[first]):

@@ -64,9 +64,13 @@ def bootstrap_interval(
 
 
 def deviation_interval(
-    num_samples: int, statistic: Callable[[np.ndarray], float], num_resamples: int = 30, seed: int = 0
+    num_samples: int,
+    statistic: Callable[[np.ndarray], float],
+    num_resamples: int = 30,
+    seed: int = 0,
+    least: float = 0.0,
 ) -> Estimate:
-    """A statistic of samples, plus and minus 1.96 bootstrap standard deviations, not below zero.
+    """A statistic of samples, plus and minus 1.96 bootstrap standard deviations.
 
     For distances between a sample and a distribution: repeated samples raise them, so that percentiles of their
     resamples may not even hold the statistic itself.
@@ -76,11 +80,12 @@ def deviation_interval(
         statistic: What is estimated, a function of the samples' indices.
         num_resamples: Number of resamples.
         seed: Seed of the resampling.
+        least: The statistic is never below; nor is the interval.
     """
     generator = np.random.default_rng(seed)
     resamples = [statistic(generator.integers(0, num_samples, num_samples)) for _ in range(num_resamples)]
     value, half = statistic(np.arange(num_samples)), _Z95 * float(np.std(resamples, ddof=1))
-    return Estimate(value, max(0.0, value - half), value + half)
+    return Estimate(value, max(least, value - half), value + half)
 
 
 def psnr(clips: Clips, references: Clips) -> PerSample:

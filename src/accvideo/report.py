@@ -19,6 +19,7 @@ from accvideo.reporting.vbench import vbench_section, vbench_sentence
 from accvideo.reporting.wording import (
     METRICS,
     Row,
+    difference_text,
     interval_text,
     label,
     metric_text,
@@ -258,7 +259,9 @@ def quality_section(rows: Sequence[Row]) -> str:
         '<section><h2>Quality against calls</h2><p class="note">A denoiser call is one evaluation of the network for '
         "one clip; guidance takes two a step. Circles are the teacher, diamonds students; lines are 95 % intervals.</p>"
         f'<div class="grid">{charts}</div>{keys}<h2>All numbers</h2>'
-        '<p class="note">Means, and 95 % intervals below them: Wilson for shares of clips, bootstrap otherwise.</p>'
+        '<p class="note">Means, and 95 % intervals below them: Wilson for shares of clips, bootstrap otherwise. '
+        "With a sign: how far above the teacher's first column, clip by clip on the same prompts and noise, and the "
+        "interval of that; bold where it leaves out 0.</p>"
         f"{table(rows)}</section>"
     )
 
@@ -281,7 +284,10 @@ def table(rows: Sequence[Row]) -> str:
             estimate = row["metrics"].get(metric)
             if estimate is None:
                 return "–"
-            return f"{metric_text(metric, estimate)}<small>{interval_text(metric, estimate)}</small>"
+            text = f"{metric_text(metric, estimate)}<small>{interval_text(metric, estimate)}</small>"
+            if metric in (differences := row.get("differences", {})):
+                text += f"<small>{difference_text(metric, differences[metric])}</small>"
+            return text
 
         return cell
 

@@ -173,9 +173,8 @@ def toy_part(sizes: Sizes, place: Place) -> Part:
         num_trajectories=sizes.toy_trajectories,
     )
     arguments = words("--num-seeds", sizes.toy_seeds, "--teacher-iterations", teacher, "--iterations", students)
-    return Part(
-        [*arguments, *words("--num-trajectories", sizes.toy_trajectories)], Work(seconds=estimate_seconds(study))
-    )
+    seconds = 0.0 if is_done(place.out, "toy") else estimate_seconds(study)
+    return Part([*arguments, *words("--num-trajectories", sizes.toy_trajectories)], Work(seconds=seconds))
 
 
 def coverage_part(sizes: Sizes, place: Place) -> Part:

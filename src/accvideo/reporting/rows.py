@@ -4,6 +4,7 @@ What is kept of each batch goes to a file, from which a killed evaluation goes o
 """
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -226,8 +227,16 @@ def read_row(paths: Sequence[Path]) -> RowData:
     return RowData({name: torch.cat(parts) for name, parts in values.items()}, kept, seconds, denoiser_calls)
 
 
-def make_row(model: Model, plan: Plan, task: Task, data: RowData) -> dict[str, Any]:
-    """A row of `report.json`; seconds are for one clip, medians over batches of full size."""
+def make_row(model: Model, plan: Plan, task: Task, data: RowData, teacher: RowData | None = None) -> dict[str, Any]:
+    """A row of `report.json`; seconds are for one clip, medians over batches of full size.
+
+    Args:
+        model: Teacher or student.
+        plan: How its clips were made.
+        task: On what.
+        data: What was made and measured.
+        teacher: The teacher's row, which this one is compared with clip by clip; None: it is not.
+    """
     size = min(task.batch_size, len(task.prompts))
     full = [seconds for num_clips, seconds in data.seconds if num_clips == size]
     parts = {part.name: statistics.median(getattr(each, part.name) for each in full) / size for part in fields(Seconds)}
@@ -243,6 +252,12 @@ def make_row(model: Model, plan: Plan, task: Task, data: RowData) -> dict[str, A
         "metrics": {
             name: None if estimate is None else asdict(estimate)
             for name, estimate in row_metrics(data.values, task.is_judged).items()
+        },
+        "differences": {}
+        if teacher is None
+        else {
+            name: asdict(estimate)
+            for name, estimate in row_differences(data.values, teacher.values, task.is_judged).items()
         },
     }
 
@@ -262,13 +277,38 @@ def row_metrics(values: Mapping[str, Tensor], is_judged: bool) -> dict[str, Esti
         ours, theirs = values["features"], values["teacher_features"]
         metrics["fvd"] = deviation_interval(len(ours), lambda rows: frechet_distance(ours[rows], theirs[rows]))
     if is_judged:
-
-        def distance(rows: np.ndarray) -> float:
-            indices = torch.from_numpy(rows)
-            return diversity_distance(restore_verdicts({name: value[indices] for name, value in values.items()}))
-
-        metrics["diversity_distance"] = deviation_interval(len(values["flicker"]), distance)
+        metrics["diversity_distance"] = deviation_interval(
+            len(values["flicker"]), lambda rows: diversity_distance(verdicts_of(values, rows))
+        )
     return metrics
+
+
+def row_differences(
+    values: Mapping[str, Tensor], teacher: Mapping[str, Tensor], is_judged: bool
+) -> dict[str, Estimate]:
+    """How far the metrics lie above the teacher's, with 95 % intervals.
+
+    Both have the same prompts and noise, and differ clip by clip: what is hard about a prompt is in both and falls out.
+    The interval of a difference is therefore narrower than those of the two metrics suggest.
+    """
+    judged = ("all_right", *PROPERTIES, "rerender_psnr_db") if is_judged else ()
+    differences = {
+        name: bootstrap_interval((values[name].double() - teacher[name].double()).numpy())
+        for name in (*judged, "flicker")
+    }
+    if is_judged:
+        differences["diversity_distance"] = deviation_interval(
+            len(values["flicker"]),
+            lambda rows: diversity_distance(verdicts_of(values, rows)) - diversity_distance(verdicts_of(teacher, rows)),
+            least=-math.inf,
+        )
+    return differences
+
+
+def verdicts_of(values: Mapping[str, Tensor], rows: np.ndarray) -> Verdicts:
+    """The judge's verdicts of some clips, by their numbers."""
+    indices = torch.from_numpy(rows)
+    return restore_verdicts({name: value[indices] for name, value in values.items()})
 
 
 # The judge's verdicts as plain tensors

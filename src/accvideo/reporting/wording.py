@@ -87,3 +87,12 @@ def interval_text(metric: str, estimate: Mapping[str, float]) -> str:
     """The interval of a metric as it stands in the table."""
     form = percent if METRICS[metric][1] == "%" else number
     return f"{form(estimate['low'])} to {form(estimate['high'])}"
+
+
+def difference_text(metric: str, estimate: Mapping[str, float]) -> str:
+    """How far a metric lies above the teacher's, and the interval of that, as they stand in the table."""
+    scale = 100 if METRICS[metric][1] == "%" else 1
+    mean, low, high = (scale * estimate[name] for name in ("mean", "low", "high"))
+    digits = 1 if scale == 100 else 2
+    text = f"{mean:+.{digits}f} ({low:+.{digits}f}, {high:+.{digits}f})".replace("-", "−")
+    return f"<b>{text}</b>" if low > 0 or high < 0 else text
