@@ -75,6 +75,13 @@ def test_a_baseline_spends_its_budget_and_saves_a_student(method: Any, tmp_path:
     if method == "perflow":
         assert spent["num_iterations"] == math.ceil(40 / (2 * cost))
         assert spent["evaluations"] == recording + spent["num_iterations"] * 2 * cost
+    else:
+        # Of step k, k without a gradient. Fake score: the student's video, features of the real, both of the fake; then
+        # the student with its gradient, the teacher's two calls, the fake score with that of its input.
+        per_sample = 1 + 3 + 3 + 3 + 2 + 2
+        led = sum(2 * (k % 5) for k in range(spent["num_iterations"]))
+        first_look = 5  # at the features of each window
+        assert spent["evaluations"] == recording + 2 * (first_look + spent["num_iterations"] * per_sample + led)
     assert spent["evaluations"] >= recipe.budget
     pipeline, config = load_student(tmp_path / "student")
     assert config.recipe["method"] == method and config.sigmas == folder.manifest.key_sigmas.tolist()
@@ -113,6 +120,9 @@ def test_methods_are_compared_at_an_equal_budget(tmp_path: Path):
     assert [(each["method"], each["learning_rate"]) for each in results["trials"]] == [
         (method, rate) for method in ("trajectory", "perflow", "consistency") for rate in (1e-4, 1e-3)
     ]
+    # Three evaluations a sample of the trajectory loss; PeRFlow stops with the update that spends the last of it.
+    assert results["evaluations"]["trajectory"] == 120 + 16 * 3 * round(1600 / (16 * 3))
+    assert 1720 <= results["evaluations"]["perflow"] < 1720 + 16 * 7
     by_name = {row["name"]: row for row in results["rows"]}
     assert len(by_name["perflow"]["metrics"]["latent_mse"]) == 2
     assert by_name["perflow"]["denoiser_calls"] == 5 and by_name["teacher_unipc"]["num_steps"] == 5

@@ -16,6 +16,7 @@ from accvideo.command import choose_device, progress_bar
 from accvideo.data.dataset import TrajectoryFolder
 from accvideo.data.manifest import Manifest
 from accvideo.distill import distill
+from accvideo.inference.student_config import read_student_config
 from accvideo.training.recipe import DistillConfig, fast_precision
 from accvideo.types import UserError
 
@@ -44,7 +45,7 @@ class BaselinesConfig:
     """What to compare. "trajectory" is AccVideo without its adversarial half."""
     num_seeds: int = 3
     """Students of each method."""
-    learning_rates: tuple[float, ...] = (5e-5, 2e-4)
+    learning_rates: tuple[float, ...] = (5e-5, 2e-4, 8e-4)
     """Tried for each method."""
     batch_size: int = 16
     """Trajectories an iteration."""
@@ -104,6 +105,9 @@ def baselines(config: BaselinesConfig) -> dict[str, Any]:
         "num_trajectories": len(folder),
         "recording": folder.manifest.denoiser_calls * len(folder),
         "learning_rates": best,
+        "evaluations": {
+            method: spent_evaluations(runs[0], folder.manifest, len(folder)) for method, runs in kinds.items()
+        },
         "trials": trials,
         "rows": rows,
     }
@@ -160,7 +164,7 @@ def train(config: BaselinesConfig, run: Run, cache: Path, manifest: Manifest, nu
     if run.method in ("trajectory", "accvideo", "consistency"):
         left = config.budget - manifest.denoiser_calls * num_trajectories
         start = ADVERSARIAL_START if run.method == "accvideo" else 1.0
-        lesson = CONSISTENT + manifest.denoiser_calls // manifest.num_steps if run.method == "consistency" else PAIRED
+        lesson = lesson_evaluations("consistency" if run.method == "consistency" else "trajectory", manifest)
         num_iterations = round(left / (config.batch_size * (lesson + (1 - start) * JUDGED)))
         distill(
             DistillConfig(
@@ -193,14 +197,32 @@ def train(config: BaselinesConfig, run: Run, cache: Path, manifest: Manifest, nu
     return out
 
 
+def lesson_evaluations(loss: str, manifest: Manifest) -> int:
+    """Evaluations for a sample of the teacher-forced half; consistency asks the teacher for a step."""
+    return CONSISTENT + manifest.denoiser_calls // manifest.num_steps if loss == "consistency" else PAIRED
+
+
+def spent_evaluations(student: Path, manifest: Manifest, num_trajectories: int) -> int:
+    """Evaluations that a finished student took, recording included: by its own account, or by its recipe."""
+    recipe = read_student_config(student).recipe
+    if "evaluations" in recipe:
+        return recipe["evaluations"]
+    judged = recipe["num_iterations"] - recipe["adversarial_start"] if recipe["adversarial_weight"] else 0
+    training = recipe["num_iterations"] * lesson_evaluations(recipe["loss"], manifest) + judged * JUDGED
+    return manifest.denoiser_calls * num_trajectories + recipe["batch_size"] * training
+
+
 def baselines_table(results: Mapping[str, Any]) -> str:
     """All metrics of all rows, and the trials, in Markdown."""
-    trials = [[each["method"], f"{each['learning_rate']:g}", f"{each['score']:.4g}"] for each in results["trials"]]
-    settings = results["settings"]
+    settings, spent = results["settings"], results["evaluations"]
+    rates = {method: f"{rate:g}" for method, rate in results["learning_rates"].items()}
+    given = [[method, rates[method], f"{spent[method]:,}"] for method in spent]
     text = (
         f"Mean and deviation of {settings['num_seeds']} students; {settings['budget']:,} denoiser evaluations each, of "
-        f"which recording took {results['recording']:,}.\n\n{metric_table(results['rows'])}"
+        f"which recording took {results['recording']:,}.\n\n{metric_table(results['rows'])}\n"
+        f"What each took:\n\n{markdown_table(['method', 'learning rate', 'denoiser evaluations'], given)}"
     )
+    trials = [[each["method"], f"{each['learning_rate']:g}", f"{each['score']:.4g}"] for each in results["trials"]]
     if trials:
         text += f"\nTrials, on other prompts:\n\n{markdown_table(['method', 'learning rate', 'score'], trials)}"
     return text

@@ -85,7 +85,7 @@ class Sizes:
     figure_7: bool = False
     """Of the ablations, only the paper's own."""
     methods: tuple[str, ...] = METHODS
-    learning_rates: tuple[float, ...] = (5e-5, 2e-4)
+    learning_rates: tuple[float, ...] = (5e-5, 2e-4, 8e-4)
     training_budget: int = 60_000
     """Denoiser evaluations of each student of the baselines, beside the recording's."""
     stretches: tuple[float, ...] = (0.0, 0.125, 0.25, 0.375, 0.5)

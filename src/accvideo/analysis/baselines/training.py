@@ -15,7 +15,7 @@ from torch.optim import AdamW
 
 from accvideo.analysis.baselines.dmd2 import fake_score_loss, predicted_video, student_loss
 from accvideo.analysis.baselines.perflow import window_loss
-from accvideo.call import denoiser_blocks, layer_features
+from accvideo.call import DenoiserCall, denoiser_blocks, layer_features
 from accvideo.data.dataset import TrajectoryFolder
 from accvideo.data.manifest import Manifest
 from accvideo.discriminator import Head, token_grid
@@ -195,6 +195,11 @@ def perflow(setting: Setting, first: TrajectoryBatch) -> Update:
     return update
 
 
+def given(velocity: Latents) -> Field:
+    """A field that has been asked already, at the one place where it will be."""
+    return lambda latents, sigma: velocity
+
+
 def dmd2(setting: Setting, first: TrajectoryBatch) -> Update:
     """Distribution matching with an adversarial term; the student is trained where its own steps lead.
 
@@ -207,12 +212,31 @@ def dmd2(setting: Setting, first: TrajectoryBatch) -> Update:
     fake.load_state_dict(setting.student.state_dict())
     layer = {name: len(denoiser_blocks(module)) for name, module in fake.denoisers.items()}
 
+    def call_at(batch: TrajectoryBatch, window: int, sigma: Tensor) -> DenoiserCall:
+        return at_level(batch.calls[window], float(key_sigmas[window]), sigma)
+
     def features(batch: TrajectoryBatch, window: int, latents: Latents, sigma: Tensor) -> Tensor:
         budget.count(len(latents), 3 if torch.is_grad_enabled() else 1)
         name = batch.denoisers[window]
-        call = at_level(batch.calls[window], float(key_sigmas[window]), sigma)
         with fake.arithmetic():
-            return layer_features(fake.denoisers[name], call, latents, layer[name]).float()
+            return layer_features(fake.denoisers[name], call_at(batch, window, sigma), latents, layer[name]).float()
+
+    def both(
+        batch: TrajectoryBatch, window: int, latents: Latents, sigma: Tensor, units: int
+    ) -> tuple[Latents, Tensor]:
+        """The fake score's velocity and, of the same pass, its last features."""
+        budget.count(len(latents), units)
+        name, seen = batch.denoisers[window], list[Tensor]()
+
+        def see(module: nn.Module, arguments: Any, output: Any) -> None:
+            seen.append(output[0] if isinstance(output, tuple) else output)
+
+        handle = denoiser_blocks(fake.denoisers[name])[layer[name] - 1].register_forward_hook(see)
+        try:
+            velocity = fake.velocity(name, call_at(batch, window, sigma), latents)
+        finally:
+            handle.remove()
+        return velocity, seen[0].float()
 
     def logits(values: Tensor) -> Tensor:
         values = (values - center) / scale
@@ -251,17 +275,19 @@ def dmd2(setting: Setting, first: TrajectoryBatch) -> Update:
                 video = generate((iteration + number) % num_steps, batch)
             window = int(torch.randint(num_steps, (1,), generator=setting.generator))
             noise, sigma = setting.noise(video), setting.levels_between(window, size, device)
-            field = setting.field(batch, window, fake)
-            both = [noised(each, noise, sigma) for each in (real_video, video)]
-            real_logits, fake_logits = (logits(features(batch, window, each, sigma)) for each in both)
-            head_loss = cross_entropy_head_loss(real_logits, fake_logits)
-            loss = fake_score_loss(field, video, noise, sigma) + recipe.adversarial_weight * head_loss
+            velocity, fake_features = both(batch, window, noised(video, noise, sigma), sigma, units=3)
+            real_features = features(batch, window, noised(real_video, noise, sigma), sigma)
+            head_loss = cross_entropy_head_loss(logits(real_features), logits(fake_features))
+            score_loss = fake_score_loss(given(velocity), video, noise, sigma)
+            loss = score_loss + recipe.adversarial_weight * head_loss
             step(optimizer, loss.mean())
         video = generate(iteration % num_steps, batch)
         window = int(torch.randint(num_steps, (1,), generator=setting.generator))
         noise, sigma = setting.noise(video), setting.levels_between(window, size, device)
-        fields = setting.teacher_field(batch, window), setting.field(batch, window, fake)
-        fooled = softplus(-logits(features(batch, window, noised(video, noise, sigma), sigma))).mean(1)
+        # Of the fake score only the gradient of its input is wanted.
+        velocity, fake_features = both(batch, window, noised(video, noise, sigma), sigma, units=2)
+        fields = setting.teacher_field(batch, window), given(velocity.detach())
+        fooled = softplus(-logits(fake_features)).mean(1)
         loss = student_loss(*fields, video, noise, sigma) + recipe.adversarial_weight * fooled
         return step(setting.optimizer, loss.mean())
 
