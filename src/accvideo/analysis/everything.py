@@ -271,6 +271,7 @@ def solvers_part(sizes: Sizes, place: Place) -> Part:
         "--num-steps", sizes.solver_steps,
         "--reference-steps", sizes.reference_steps,
         "--num-prompts", sizes.solver_prompts,
+        "--seed", 1,  # other prompts than the recording's
     )  # fmt: skip
     return Part(arguments, Work(sampled=CALLS * steps).times(sizes.solver_prompts))
 
