@@ -55,7 +55,7 @@ class AllConfig:
     """Recording of the playground's teacher with all of its 50 states (`accvideo record ... --num-student-steps 50`);
     None: made here."""
     short: bool = False
-    """The same in about a minute, for a test: as few samples as there can be, numbers that mean nothing."""
+    """The same in a few minutes, for a test: as few samples as there can be, numbers that mean nothing."""
     page: Path | None = None
     """Also fill a Markdown page of one's own: what stands between `<!-- NAME -->` and `<!-- /NAME -->` is replaced by
     the results of that analysis; figures and numbers go to the folder of the page's name beside it."""
