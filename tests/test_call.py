@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from accvideo.call import capture_call, collate_calls, denoiser_blocks, layer_features, replay
+from accvideo.call import capture_call, collate_calls, denoiser_blocks, layer_features, replay, replay_with_features
 from accvideo.flow import euler_step
 from accvideo.teacher import WatchedStep, denoisers, item_generator, watch
 from accvideo.types import UserError
@@ -166,6 +166,8 @@ def test_layer_features_are_the_blocks_own(family):
         assert len(features) == len(state) and features.ndim == 3
         (gradient,) = torch.autograd.grad(features.square().sum(), state)
         assert gradient.abs().sum() > 0
+        velocity, seen = replay_with_features(denoiser, steps[0].call, state, layer)
+        assert torch.equal(seen, features) and torch.equal(velocity, replay(denoiser, steps[0].call, state))
         assert not blocks[layer - 1]._forward_hooks, "the way out is removed"
 
 

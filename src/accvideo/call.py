@@ -251,6 +251,22 @@ def replay(denoiser: nn.Module, call: DenoiserCall, latents: Latents) -> Latents
     return velocity.transpose(1, 2).reshape(latents.shape) if packed else velocity
 
 
+def replay_with_features(
+    denoiser: nn.Module, call: DenoiserCall, latents: Latents, layer: int
+) -> tuple[Latents, Tensor]:
+    """The velocity of `replay` and, of the same pass, the tokens of `layer_features`."""
+    seen: list[Tensor] = []
+
+    def see(module: nn.Module, arguments: Any, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = denoiser_blocks(denoiser)[layer - 1].register_forward_hook(see)
+    try:
+        return replay(denoiser, call, latents), seen[0]
+    finally:
+        handle.remove()
+
+
 def call_arguments(denoiser: nn.Module, call: DenoiserCall, latents: Latents) -> tuple[dict[str, Any], Block]:
     """What a denoiser is given for latents under a recorded call, and where in `hidden_states` the latents are."""
     dtype = denoiser.dtype

@@ -15,7 +15,7 @@ from torch.optim import AdamW
 
 from accvideo.analysis.baselines.dmd2 import fake_score_loss, predicted_video, student_loss
 from accvideo.analysis.baselines.perflow import window_loss
-from accvideo.call import DenoiserCall, denoiser_blocks, layer_features
+from accvideo.call import DenoiserCall, denoiser_blocks, layer_features, replay_with_features
 from accvideo.data.dataset import TrajectoryFolder
 from accvideo.data.manifest import Manifest
 from accvideo.discriminator import Head, token_grid
@@ -226,17 +226,12 @@ def dmd2(setting: Setting, first: TrajectoryBatch) -> Update:
     ) -> tuple[Latents, Tensor]:
         """The fake score's velocity and, of the same pass, its last features."""
         budget.count(len(latents), units)
-        name, seen = batch.denoisers[window], list[Tensor]()
-
-        def see(module: nn.Module, arguments: Any, output: Any) -> None:
-            seen.append(output[0] if isinstance(output, tuple) else output)
-
-        handle = denoiser_blocks(fake.denoisers[name])[layer[name] - 1].register_forward_hook(see)
-        try:
-            velocity = fake.velocity(name, call_at(batch, window, sigma), latents)
-        finally:
-            handle.remove()
-        return velocity, seen[0].float()
+        name = batch.denoisers[window]
+        with fake.arithmetic():
+            velocity, seen = replay_with_features(
+                fake.denoisers[name], call_at(batch, window, sigma), latents, layer[name]
+            )
+        return velocity, seen.float()
 
     def logits(values: Tensor) -> Tensor:
         values = (values - center) / scale
