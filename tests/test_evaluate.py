@@ -254,7 +254,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Task, dict[str, Ro
 def test_judged_rows(judged: tuple[Task, dict[str, RowData]]):
     """The judge's verdicts, the paired measures and the intervals come together."""
     _, data = judged
-    teacher, student = (row_metrics(data[name].values, is_judged=True) for name in ("teacher", "student"))
+    teacher, student = (row_metrics(data[name], is_judged=True) for name in ("teacher", "student"))
     assert set(teacher) == set(student) == METRICS
     assert teacher["all_right"] and teacher["all_right"].mean == 1
     assert student["all_right"] and student["all_right"].mean == pytest.approx(10 / 12)
@@ -274,14 +274,14 @@ def test_judged_rows(judged: tuple[Task, dict[str, RowData]]):
 def test_differences_to_the_teacher_are_of_the_same_clips(judged: tuple[Task, dict[str, RowData]]):
     """Nothing differs from itself, in no resample; the student's two wrong clips are two less than the teacher's."""
     _, data = judged
-    teacher, student = data["teacher"].values, data["student"].values
+    teacher, student = data["teacher"], data["student"]
     assert set(row_differences(teacher, teacher, is_judged=False)) == {"flicker"}
     for estimate in row_differences(teacher, teacher, is_judged=True).values():
         assert estimate == Estimate(0, 0, 0)
     found = row_differences(student, teacher, is_judged=True)
     assert found["all_right"].mean == pytest.approx(-2 / 12)
     assert found["all_right"].low < -2 / 12 < found["all_right"].high <= 0
-    assert found["count"].mean == student["count"].double().mean() - teacher["count"].double().mean()
+    assert found["count"].mean == student.values["count"].double().mean() - teacher.values["count"].double().mean()
     theirs, ours = (row_metrics(each, is_judged=True)["diversity_distance"] for each in (teacher, student))
     assert ours and theirs and found["diversity_distance"].mean == pytest.approx(ours.mean - theirs.mean)
     # What is the same in both falls out of the interval: their flicker is that of the same clips, of which two differ.

@@ -14,6 +14,7 @@ from accvideo.metrics import (
     latent_mse,
     motion_energy,
     psnr,
+    resampled,
     wasserstein_distance,
     wilson_interval,
 )
@@ -52,11 +53,15 @@ def test_bootstrap_resamples_rows():
 
 def test_deviation_interval_of_a_mean_is_the_normal_interval():
     values = np.random.default_rng(1).normal(3, 2, 500)
-    estimate = deviation_interval(500, lambda rows: float(values[rows].mean()), num_resamples=400)
+    estimate = deviation_interval(resampled(500, lambda rows: float(values[rows].mean()), num_resamples=400))
     half = 1.96 * values.std() / math.sqrt(500)
     assert estimate.mean == values.mean()
     assert estimate.high - estimate.mean == pytest.approx(half, rel=0.15)
     assert estimate.mean - estimate.low == pytest.approx(estimate.high - estimate.mean)
+    assert deviation_interval(np.array([0.1, -2.0, 2.0])).low == 0
+    assert deviation_interval(np.array([0.1, -2.0, 2.0]), least=-math.inf).low == pytest.approx(
+        0.1 - 1.96 * 8**0.5, rel=1e-3
+    )
 
 
 def test_psnr_of_a_constant_error():

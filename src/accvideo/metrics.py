@@ -63,28 +63,33 @@ def bootstrap_interval(
     return Estimate(statistic(values), float(low), float(high))
 
 
-def deviation_interval(
-    num_samples: int,
-    statistic: Callable[[np.ndarray], float],
-    num_resamples: int = 30,
-    seed: int = 0,
-    least: float = 0.0,
-) -> Estimate:
+def resampled(
+    num_samples: int, statistic: Callable[[np.ndarray], float], num_resamples: int = 30, seed: int = 0
+) -> np.ndarray:
+    """A statistic of samples, and then of bootstrap resamples of them.
+
+    Args:
+        num_samples: Number of samples.
+        statistic: What is estimated, a function of the samples' indices.
+        num_resamples: Number of resamples.
+        seed: Seed of the resampling; the same seed draws the same samples, so that two statistics can be subtracted.
+    """
+    generator = np.random.default_rng(seed)
+    drawn = [generator.integers(0, num_samples, num_samples) for _ in range(num_resamples)]
+    return np.array([statistic(indices) for indices in (np.arange(num_samples), *drawn)])
+
+
+def deviation_interval(values: np.ndarray, least: float = 0.0) -> Estimate:
     """A statistic of samples, plus and minus 1.96 bootstrap standard deviations.
 
     For distances between a sample and a distribution: repeated samples raise them, so that percentiles of their
     resamples may not even hold the statistic itself.
 
     Args:
-        num_samples: Number of samples.
-        statistic: What is estimated, a function of the samples' indices.
-        num_resamples: Number of resamples.
-        seed: Seed of the resampling.
+        values: As `resampled` gives them.
         least: The statistic is never below; nor is the interval.
     """
-    generator = np.random.default_rng(seed)
-    resamples = [statistic(generator.integers(0, num_samples, num_samples)) for _ in range(num_resamples)]
-    value, half = statistic(np.arange(num_samples)), _Z95 * float(np.std(resamples, ddof=1))
+    value, half = float(values[0]), _Z95 * float(np.std(values[1:], ddof=1))
     return Estimate(value, max(least, value - half), value + half)
 
 

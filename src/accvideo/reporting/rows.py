@@ -8,6 +8,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from accvideo.metrics import (
     latent_mse,
     motion_energy,
     psnr,
+    resampled,
     wilson_interval,
 )
 from accvideo.playground.judge import Verdicts, diversity_distance, judge
@@ -95,6 +97,16 @@ class RowData:
     """Size and seconds of each batch."""
     denoiser_calls: int
     """For each clip."""
+
+    @cached_property
+    def diversity_distances(self) -> np.ndarray:
+        """Of all clips, and of resamples: the same for all rows, that their differences are of the same clips."""
+
+        def distance(rows: np.ndarray) -> float:
+            indices = torch.from_numpy(rows)
+            return diversity_distance(restore_verdicts({name: value[indices] for name, value in self.values.items()}))
+
+        return resampled(len(self.values["flicker"]), distance)
 
     def frames(self, index: int) -> Frames:
         """The frames of a clip that was kept."""
@@ -251,19 +263,17 @@ def make_row(model: Model, plan: Plan, task: Task, data: RowData, teacher: RowDa
         "seconds_end_to_end": sum(parts.values()),
         "metrics": {
             name: None if estimate is None else asdict(estimate)
-            for name, estimate in row_metrics(data.values, task.is_judged).items()
+            for name, estimate in row_metrics(data, task.is_judged).items()
         },
         "differences": {}
         if teacher is None
-        else {
-            name: asdict(estimate)
-            for name, estimate in row_differences(data.values, teacher.values, task.is_judged).items()
-        },
+        else {name: asdict(estimate) for name, estimate in row_differences(data, teacher, task.is_judged).items()},
     }
 
 
-def row_metrics(values: Mapping[str, Tensor], is_judged: bool) -> dict[str, Estimate | None]:
+def row_metrics(data: RowData, is_judged: bool) -> dict[str, Estimate | None]:
     """Each metric with its 95 % interval; None where it does not apply."""
+    values = data.values
     metrics: dict[str, Estimate | None] = {
         name: wilson_interval(int(values[name].sum()), len(values[name])) if is_judged else None
         for name in ("all_right", *PROPERTIES)
@@ -275,17 +285,15 @@ def row_metrics(values: Mapping[str, Tensor], is_judged: bool) -> dict[str, Esti
         metrics["motion_error"] = bootstrap_interval(values["moved"].double().numpy(), energy_ratio)
     if "teacher_features" in values:
         ours, theirs = values["features"], values["teacher_features"]
-        metrics["fvd"] = deviation_interval(len(ours), lambda rows: frechet_distance(ours[rows], theirs[rows]))
-    if is_judged:
-        metrics["diversity_distance"] = deviation_interval(
-            len(values["flicker"]), lambda rows: diversity_distance(verdicts_of(values, rows))
+        metrics["fvd"] = deviation_interval(
+            resampled(len(ours), lambda rows: frechet_distance(ours[rows], theirs[rows]))
         )
+    if is_judged:
+        metrics["diversity_distance"] = deviation_interval(data.diversity_distances)
     return metrics
 
 
-def row_differences(
-    values: Mapping[str, Tensor], teacher: Mapping[str, Tensor], is_judged: bool
-) -> dict[str, Estimate]:
+def row_differences(data: RowData, teacher: RowData, is_judged: bool) -> dict[str, Estimate]:
     """How far the metrics lie above the teacher's, with 95 % intervals.
 
     Both have the same prompts and noise, and differ clip by clip: what is hard about a prompt is in both and falls out.
@@ -293,22 +301,13 @@ def row_differences(
     """
     judged = ("all_right", *PROPERTIES, "rerender_psnr_db") if is_judged else ()
     differences = {
-        name: bootstrap_interval((values[name].double() - teacher[name].double()).numpy())
+        name: bootstrap_interval((data.values[name].double() - teacher.values[name].double()).numpy())
         for name in (*judged, "flicker")
     }
     if is_judged:
-        differences["diversity_distance"] = deviation_interval(
-            len(values["flicker"]),
-            lambda rows: diversity_distance(verdicts_of(values, rows)) - diversity_distance(verdicts_of(teacher, rows)),
-            least=-math.inf,
-        )
+        distances = data.diversity_distances - teacher.diversity_distances
+        differences["diversity_distance"] = deviation_interval(distances, least=-math.inf)
     return differences
-
-
-def verdicts_of(values: Mapping[str, Tensor], rows: np.ndarray) -> Verdicts:
-    """The judge's verdicts of some clips, by their numbers."""
-    indices = torch.from_numpy(rows)
-    return restore_verdicts({name: value[indices] for name, value in values.items()})
 
 
 # The judge's verdicts as plain tensors
