@@ -54,7 +54,8 @@ def test_every_part_is_a_command_that_takes_its_arguments(
             and name not in ("toy", "solvers")
             and (name, field) != ("cost", "num_student_steps")
         ):
-            assert getattr(seen[0], field) == getattr(sizes, field), field
+            own = "num_step_seeds" if (name, field) == ("steps", "num_seeds") else field
+            assert getattr(seen[0], field) == getattr(sizes, own), field
 
 
 def test_work_adds_up():
@@ -67,7 +68,7 @@ def test_work_adds_up():
 
 
 def test_the_work_of_ablations_is_that_of_their_plan(quick: None):
-    sizes = Sizes(num_seeds=2, num_iterations=50, batch_size=4, num_prompts=10)
+    sizes = Sizes(num_seeds=2, num_ablation_iterations=50, batch_size=4, num_prompts=10)
     config = AblationConfig(
         data="data", out=Path("out"), keep=Path("right.txt"), num_seeds=2, num_iterations=50, batch_size=4
     )
@@ -88,7 +89,7 @@ def test_students_of_the_best_learning_rate_are_not_trained_twice():
         baselines_part(Sizes(num_seeds=3, learning_rates=rates), PLACE).work for rates in ((1e-4,), (1e-4, 2e-4))
     )
     # One more student a method, and both tried.
-    assert (two.trained - one.trained, two.sampled - one.sampled) == (5 * 60_000, 5 * 2 * 100 * 5)
+    assert (two.trained - one.trained, two.sampled - one.sampled) == (5 * Sizes().training_budget, 5 * 2 * 100 * 5)
 
 
 def test_a_page_is_filled_between_its_marks_and_again(tmp_path: Path):

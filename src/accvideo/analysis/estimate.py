@@ -87,13 +87,16 @@ def measure_speed(batch_size: int, device: str) -> Speed:
 def sampling_speed(model: Model, batch_size: int) -> tuple[float, float]:
     """Seconds of a denoiser evaluation for one sample, and of decoding and judging a clip."""
     texts, num_steps = sample_prompts(batch_size, 0, "train"), 3
-    for _ in range(2):  # the first run allocates memory and chooses kernels
+
+    def run() -> tuple[float, float]:
         [clips] = sample_clips(model, texts, range(batch_size), num_steps=num_steps, batch_size=batch_size)
-    began = time.perf_counter()
-    judge(clips.frames, texts)  # pyright: ignore[reportPossiblyUnboundVariable]
-    judging = time.perf_counter() - began
-    seconds = clips.seconds  # pyright: ignore[reportPossiblyUnboundVariable]
-    return seconds.denoising / (num_steps * CALLS * batch_size), (seconds.decoding + judging) / batch_size
+        began = time.perf_counter()
+        judge(clips.frames, texts)
+        judging, seconds = time.perf_counter() - began, clips.seconds
+        return seconds.denoising / (num_steps * CALLS * batch_size), (seconds.decoding + judging) / batch_size
+
+    run()  # the first one allocates memory, chooses kernels and draws the judge's templates
+    return run()
 
 
 def duration(seconds: float) -> str:

@@ -78,7 +78,11 @@ class Sizes:
     toy_iterations: tuple[int, int] = (10_000, 1500)
     """Of the 1-D study's teachers and students."""
     toy_trajectories: int = 8192
+    num_step_seeds: int = 2
+    """Of the students against their number of steps, which take as long as all ablations."""
     num_iterations: int = 200
+    num_ablation_iterations: int = 100
+    """Of the full method; others get as many evaluations."""
     batch_size: int = 16
     num_prompts: int = 500
     num_trial_prompts: int = 100
@@ -86,7 +90,7 @@ class Sizes:
     """Of the ablations, only the paper's own."""
     methods: tuple[str, ...] = METHODS
     learning_rates: tuple[float, ...] = (5e-5, 2e-4, 8e-4)
-    training_budget: int = 60_000
+    training_budget: int = 30_000
     """Denoiser evaluations of each student of the baselines, beside the recording's."""
     stretches: tuple[float, ...] = (0.0, 0.125, 0.25, 0.375, 0.5)
     num_followed: int = 64
@@ -109,10 +113,12 @@ SHORT = Sizes(
     num_student_steps=(1, 5),
     chosen=(5,),
     num_seeds=1,
+    num_step_seeds=1,
     toy_seeds=1,
     toy_iterations=(20, 10),
     toy_trajectories=256,
     num_iterations=5,
+    num_ablation_iterations=5,
     batch_size=2,
     num_prompts=2,
     num_trial_prompts=2,
@@ -199,6 +205,7 @@ def keypoints_part(sizes: Sizes, place: Place) -> Part:
 
 def ablation_part(sizes: Sizes, place: Place) -> Part:
     """The paper's Figure 7, and beyond."""
+    sizes = replace(sizes, num_iterations=sizes.num_ablation_iterations)
     # Beyond them, another start of the adversarial half and chosen trajectories.
     num_variants = len(FIGURE_7) + (0 if sizes.figure_7 else len(BEYOND) + len(FRACTIONS) + 2)
     options = ("--figure-7",) if sizes.figure_7 else ("--keep", place.right)
@@ -230,6 +237,7 @@ def baselines_part(sizes: Sizes, place: Place) -> Part:
 
 def steps_part(sizes: Sizes, place: Place) -> Part:
     """Students against their number of steps."""
+    sizes = replace(sizes, num_seeds=sizes.num_step_seeds)
     numbers = sizes.num_student_steps
     # One for each number, and two kinds of one for all with as many iterations as these together.
     iterations = 3 * len(numbers) * sizes.num_iterations
