@@ -10,18 +10,15 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from accvideo.generate import ClipBatch, GenerateConfig, generate, sample_clips
+from accvideo.generate import ClipBatch, generate, sample_clips
 from accvideo.inference.acceleration import (
-    Acceleration,
-    ContextParallel,
-    Offload,
-    Quantization,
     accelerate_pipeline,
     joined_processes,
     pipeline_quantization,
     quantization_config,
     share_tokens,
 )
+from accvideo.inference.config import Acceleration, ContextParallel, GenerateConfig, Offload, Quantization
 from accvideo.inference.model import Model, load_model
 from accvideo.types import UserError
 from tests.tiny import TINY_CALL, tiny_hunyuan_pipeline, tiny_mochi_pipeline, tiny_wan_pipeline

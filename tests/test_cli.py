@@ -17,6 +17,17 @@ def test_help_needs_no_torch():
     assert all(command in done.stdout for command in cli.COMMANDS)
 
 
+def test_options_and_data_commands_need_no_diffusers():
+    """It takes seconds to import: what goes wrong before a network is needed must not wait for it."""
+    data = ("prompts", "verify", "stats", "merge", "pack", "unpack", "playground prompts")
+    program = "import sys; from accvideo import cli\n"
+    program += f"for command in {[*cli.CONFIGS, *data]}: assert cli.run([*command.split(), '--help']) == 0, command\n"
+    program += "assert cli.run(['verify', 'missing']) == 1\n"
+    program += "assert not {'diffusers', 'transformers', 'peft'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]):
     assert cli.run([*command.split(), "--help"]) == 0

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from accvideo.data.dataset import TrajectoryFolder
-from accvideo.decode import DecodeConfig, decode, load_recorded_teacher, recorded_clips
+from accvideo.decode import decode, load_recorded_teacher, recorded_clips
 from accvideo.generate import sample_clips
+from accvideo.inference.config import DecodeConfig
 from accvideo.inference.model import load_model
 from accvideo.playground import world
 from accvideo.playground.judge import judge

@@ -11,9 +11,9 @@ from PIL import Image
 
 from accvideo.command import Prompt, read_prompt_file
 from accvideo.distill import DistillConfig, distill
-from accvideo.evaluate import EvaluateConfig, choose_clips, command_line, evaluate, is_better, load_teacher
+from accvideo.evaluate import choose_clips, command_line, evaluate, is_better, load_teacher
 from accvideo.generate import ClipBatch, Seconds, sample_clips
-from accvideo.inference.acceleration import Acceleration
+from accvideo.inference.config import Acceleration
 from accvideo.inference.model import Model, load_model, with_arguments
 from accvideo.inference.student_config import read_student_config
 from accvideo.metrics import Estimate, latent_mse
@@ -21,6 +21,7 @@ from accvideo.playground.judge import diversity_distance, judge
 from accvideo.playground.world import draw, sample_prompts, scenes_of, to_uint8
 from accvideo.record import record
 from accvideo.recording.config import RecordConfig
+from accvideo.reporting.config import EvaluateConfig
 from accvideo.reporting.rows import (
     FIRST_ITEM,
     Plan,

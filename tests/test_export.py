@@ -24,10 +24,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from accvideo.data.dataset import TrajectoryFolder
-from accvideo.export import ExportConfig, export
+from accvideo.export import export
+from accvideo.exporting.config import ExportConfig
 from accvideo.exporting.lora import low_rank
 from accvideo.exporting.weights import in_memory, read_weights, write_weights
-from accvideo.generate import GenerateConfig, generate, sample_clips
+from accvideo.generate import generate, sample_clips
+from accvideo.inference.config import GenerateConfig
 from accvideo.inference.model import load_model
 from accvideo.inference.student_config import read_student_config, student_config
 from accvideo.record import record

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from accvideo.distill import DistillConfig, distill
-from accvideo.generate import GenerateConfig, generate, sample_clips
+from accvideo.generate import generate, sample_clips
+from accvideo.inference.config import GenerateConfig
 from accvideo.inference.model import Model, load_model, with_arguments
 from accvideo.recording.setup import set_shift
 from accvideo.teacher import item_generator

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from accvideo.distill import DistillConfig, distill
 from accvideo.generate import sample_clips
-from accvideo.inference.acceleration import Acceleration
+from accvideo.inference.config import Acceleration
 from accvideo.inference.model import PLAYGROUND_STUDENTS, load_model, with_arguments
 from accvideo.playground.judge import judge
 from accvideo.playground.world import sample_prompts

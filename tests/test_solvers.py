@@ -16,13 +16,15 @@ from accvideo.data.manifest import read_manifest
 from accvideo.data.repair import RepairConfig, repair
 from accvideo.data.verify import problems
 from accvideo.distill import distill
-from accvideo.evaluate import EvaluateConfig, evaluate
-from accvideo.export import ExportConfig, export
+from accvideo.evaluate import evaluate
+from accvideo.export import export
+from accvideo.exporting.config import ExportConfig
 from accvideo.flow import euler_step, keypoint_indices, shifted_sigmas
 from accvideo.generate import sample_clips
 from accvideo.inference.model import load_model, with_arguments
 from accvideo.inference.student_config import read_student_config
 from accvideo.recording.solvers import AdamsStep, Solver, solver_step
+from accvideo.reporting.config import EvaluateConfig
 from accvideo.reporting.rows import FIRST_ITEM
 from accvideo.teacher import denoising_grid, item_generator, watch
 from accvideo.training.recipe import DistillConfig

@@ -9,9 +9,11 @@ import torch
 
 from accvideo.data.dataset import TrajectoryFolder
 from accvideo.distill import distill, measure
-from accvideo.export import ExportConfig, export
+from accvideo.export import export
+from accvideo.exporting.config import ExportConfig
 from accvideo.flow import even_grid
-from accvideo.generate import GenerateConfig, generate
+from accvideo.generate import generate
+from accvideo.inference.config import GenerateConfig
 from accvideo.inference.model import load_model
 from accvideo.inference.schedulers import KeyPointScheduler
 from accvideo.inference.student_config import read_student_config

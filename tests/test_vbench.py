@@ -11,10 +11,12 @@ import pytest
 
 from accvideo.command import Prompt, progress_bar
 from accvideo.distill import DistillConfig, distill
-from accvideo.evaluate import EvaluateConfig, evaluate
+from accvideo.evaluate import evaluate
 from accvideo.generate import sample_clips
-from accvideo.inference.model import PLAIN, Model, with_arguments
+from accvideo.inference.config import PLAIN
+from accvideo.inference.model import Model, with_arguments
 from accvideo.recording.workers import Claims, Place
+from accvideo.reporting.config import EvaluateConfig
 from accvideo.types import UserError
 from accvideo.vbench.commands import commands, describe_vbench
 from accvideo.vbench.published import PUBLISHED

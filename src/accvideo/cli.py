@@ -43,6 +43,21 @@ COMMANDS = {
 }
 """Module and purpose of each command; the module is imported when the command runs, so that help comes at once."""
 
+CONFIGS = {
+    "demo": "accvideo.playground.config",
+    "record": "accvideo.recording.config",
+    "decode": "accvideo.inference.config",
+    "distill": "accvideo.training.recipe",
+    "generate": "accvideo.inference.config",
+    "export": "accvideo.exporting.config",
+    "evaluate": "accvideo.reporting.config",
+    "plan": "accvideo.planning.config",
+    "playground select": "accvideo.playground.config",
+    "playground train": "accvideo.playground.config",
+}
+"""Where the options of a command are, if not in its module: without diffusers, which takes seconds to import, so that
+help and mistakes come at once too."""
+
 HELP = """usage: accvideo COMMAND [OPTIONS]
 
 Distill video diffusion pipelines into few-step students: record -> distill -> generate -> evaluate.
@@ -108,23 +123,24 @@ def execute(command: str, arguments: list[str]) -> dict[str, Any]:
     """Parse the options of a command and run it; returns its summary."""
     import tyro
 
-    wanted = "--help" in arguments or "-h" in arguments
     # What is said while torchao, where it is installed, is imported, whether it is asked for or not.
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     for library in ("torch.utils._pytree", "torchao"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    if not wanted:
-        quiet_libraries()
-    module, name = import_module(COMMANDS[command][0]), command.split()[-1]
-    config_class: Any = getattr(module, f"{name.capitalize()}Config")
+    module, name = COMMANDS[command][0], command.split()[-1]
+    config_class: Any = getattr(import_module(CONFIGS.get(command, module)), f"{name.capitalize()}Config")
     if command not in ("record", "distill"):
-        return getattr(module, name)(tyro.cli(config_class, prog=f"accvideo {command}", args=arguments))
-    from accvideo import presets
+        config = tyro.cli(config_class, prog=f"accvideo {command}", args=arguments)
+    else:
+        from accvideo import presets
 
-    preset = option_value(arguments, "--preset", "default")
-    config = parse_with_preset(command, config_class, preset, presets.defaults(command, preset), arguments)
-    presets.check(preset, config)
-    return getattr(module, name)(config)
+        preset = option_value(arguments, "--preset", "default")
+        config = parse_with_preset(command, config_class, preset, presets.defaults(command, preset), arguments)
+        presets.check(preset, config)
+    function = getattr(import_module(module), name)
+    if "diffusers" in sys.modules:
+        quiet_libraries()
+    return function(config)
 
 
 def parse_with_preset(command: str, config_class: Any, preset: str, start: Any, arguments: list[str]) -> Any:

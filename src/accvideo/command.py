@@ -1,7 +1,6 @@
 """What the commands have in common: reading prompts and call arguments, choosing a device, showing progress."""
 
 import csv
-import inspect
 import io
 import json
 from collections.abc import Iterator, Sequence
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -164,11 +162,6 @@ def shorten(value: Any) -> str:
     """`value` in at most 40 characters."""
     text = json.dumps(value)
     return text if len(text) <= 40 else text[:37] + "..."
-
-
-def call_parameters(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """Names of what a pipeline's call takes, and their defaults."""
-    return {name: each.default for name, each in inspect.signature(type(pipeline).__call__).parameters.items()}
 
 
 def parse_pipeline_args(texts: Sequence[str]) -> dict[str, Any]:

@@ -3,21 +3,20 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from tyro.conf import Positional
 
 from accvideo.command import choose_device, progress_bar, shorten
 from accvideo.data.dataset import ahead, open_source
 from accvideo.data.manifest import Manifest
 from accvideo.flow import euler_step
 from accvideo.generate import OUT_OF_MEMORY, batches
-from accvideo.inference.acceleration import Acceleration, Offload
-from accvideo.inference.model import PLAIN, SCHEDULE_ARGUMENTS, Model, load_model
+from accvideo.inference.config import PLAIN, Acceleration, DecodeConfig
+from accvideo.inference.model import SCHEDULE_ARGUMENTS, Model, load_model
 from accvideo.inference.student_config import unguided
 from accvideo.media import load_media, media_digests
 from accvideo.metrics import Clips
@@ -27,39 +26,6 @@ from accvideo.types import Latents, UserError
 from accvideo.video import viewing_scale, write_video
 
 JOURNAL = "decoded.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecodeConfig:
-    """Writes the teacher's videos that a data set's trajectories lead to, each beside a text file with its prompt.
-
-    Look at them, or score them with a tool of your choice, and give the numbers of the good ones to `accvideo distill
-    --keep`. The teacher's pipeline is run for two steps, and the recorded latents are put in the place of what they
-    give: any pipeline's own decoding, for two denoiser calls.
-    """
-
-    data: Positional[str]
-    """Folder that `accvideo record`, `merge` or `pack` made, or its address."""
-    out: Path
-    """Folder for 000000.mp4, 000000.txt and so on, by the trajectories' numbers; an interrupted decoding in it goes
-    on."""
-    num_videos: int | None = None
-    """As many, from the beginning; all by default."""
-    media_folder: Path = Path()
-    """What the names of images and videos in the prompts are relative to: the folder of the file of prompts."""
-    batch_size: int = 1
-    """Videos decoded together."""
-    offload: Offload = "none"
-    """Keep weights in main memory until they are needed: `model` moves whole networks, `group` single layers."""
-    vae_tiling: bool = False
-    """Decode in overlapping tiles: less memory for large frames."""
-    device: str = "auto"
-    """`auto` takes the accelerator if there is one."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_videos", "batch_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"{name} is {value}: it must be at least 1")
 
 
 def decode(config: DecodeConfig) -> dict[str, Any]:

@@ -1,43 +1,22 @@
 """The whole loop on the embedded playground: record, distill, evaluate, and a page to look at."""
 
 import time
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
 
 from accvideo.distill import distill
-from accvideo.evaluate import EvaluateConfig, evaluate
+from accvideo.evaluate import evaluate
+from accvideo.playground.config import DemoConfig
 from accvideo.playground.prompts import PromptsConfig, prompts
 from accvideo.record import record
 from accvideo.recording.config import RecordConfig
+from accvideo.reporting.config import EvaluateConfig
 from accvideo.training.recipe import playground
-from accvideo.types import UserError
 
 NUM_STEPS = 25
 """Steps of a recording, of second order: as good for a student as the teacher's own 50 (docs/recording.md)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemoConfig:
-    """Records the playground's teacher, distills a 5-step student of it, and compares the two on held-out prompts."""
-
-    out: Path = Path("runs/demo")
-    """Folder of the run; an interrupted demo in it goes on."""
-    num_trajectories: int = 128
-    """Trajectories to record, 25 guided steps of second order each."""
-    num_iterations: int = 100
-    """Updates of the student; the adversarial half takes part in the last two fifths."""
-    num_prompts: int = 96
-    """Held-out prompts that teacher and student are compared on."""
-    seed: int = 0
-    """Of prompts, noise and training."""
-
-    def __post_init__(self) -> None:
-        """Refuse a data set of which nothing would be left to train on."""
-        if self.num_trajectories <= (held_out := playground("", self.out).num_validation):
-            raise UserError(f"num_trajectories is {self.num_trajectories}: {held_out} are held out, so ask for more")
 
 
 def demo(config: DemoConfig) -> dict[str, Any]:

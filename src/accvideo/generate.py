@@ -10,11 +10,10 @@ from dataclasses import asdict, dataclass
 from functools import wraps
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from PIL import Image
 
 from accvideo.command import (
@@ -26,78 +25,21 @@ from accvideo.command import (
     shorten,
     with_image,
 )
-from accvideo.inference.acceleration import Acceleration, ContextParallel, joined_processes, share_tokens
-from accvideo.inference.model import PLAIN, Dtype, Model, check_student, digest, load_model, with_arguments
+from accvideo.inference.acceleration import joined_processes, share_tokens
+from accvideo.inference.config import GenerateConfig, names_file
+from accvideo.inference.model import Model, check_student, digest, load_model, with_arguments
 from accvideo.media import load_media
 from accvideo.metrics import Clips
 from accvideo.recording.setup import set_shift
 from accvideo.teacher import batch_arguments, denoisers, guidance_arguments, watch
 from accvideo.trajectory import write_whole
 from accvideo.types import Latents, UserError
-from accvideo.video import check_suffix, viewing_scale, write_video
+from accvideo.video import viewing_scale, write_video
 
 OUT_OF_MEMORY = (
     "the accelerator's memory is full\nTry --offload model, then --offload group; --vae-tiling; --dtype bfloat16; "
     "--quantization int8; a smaller --batch-size, or fewer frames"
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
-    """Makes videos with a teacher or a student."""
-
-    model: tyro.conf.Positional[str]
-    """`playground`, `playground-student`, `playground-student-2`, a folder of a teacher or a student, or a hub id."""
-    out: Path
-    """A file (.mp4, .webp or .gif) or a folder for numbered mp4 files; an interrupted generation in it goes on."""
-    prompt: str | None = None
-    """What to show; or give `prompts`."""
-    prompts: Path | None = None
-    """Text file, one prompt a line; or .csv or .jsonl with a column `prompt` and others (`image`, `video`) that are
-    arguments of the pipeline's call; file names in it are relative to its folder. `out` is a folder then."""
-    image: Path | None = None
-    """First frame, for image-to-video pipelines; a column `image` of the prompts has one for each."""
-    num_videos: int = 1
-    """Of each prompt, from different noise; `out` is a folder if there is more than one."""
-    seed: int = 0
-    """With a video's number, it makes the video's noise."""
-    num_steps: int | None = None
-    """Denoising steps of a teacher, 50 by default; a student has its own."""
-    guidance_scale: float | None = None
-    """Of a teacher; the pipeline's own by default. A student has it distilled in."""
-    shift: float | None = None
-    """Of a teacher's noise levels, as for `record`; its folder's own by default. A student has its own levels."""
-    height: int | None = None
-    """In pixels; the model's own by default."""
-    width: int | None = None
-    """In pixels; the model's own by default."""
-    num_frames: int | None = None
-    """The model's own by default."""
-    fps: float | None = None
-    """Frames a second of the file; the model's own by default."""
-    pipeline_arg: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """NAME=JSON: any other argument of the pipeline's call; may be repeated. The name of an image or video file is
-    replaced by what is in it."""
-    batch_size: int = 1
-    """Videos denoised together."""
-    dtype: Dtype = "float32"
-    """Of the pipeline."""
-    device: str = "auto"
-    """`auto` takes the accelerator if there is one."""
-    acceleration: Annotated[Acceleration, tyro.conf.arg(name="")] = PLAIN
-    """Speed and memory."""
-    context_parallel: ContextParallel = "none"
-    """Share the tokens of each video between the accelerators of `torchrun --nproc-per-node NUM --local-ranks-filter 0
-    --no-python accvideo generate ...`; `ulysses` exchanges attention heads, `ring` keys and values."""
-
-    def __post_init__(self) -> None:
-        if (self.prompt is None) == (self.prompts is None):
-            raise UserError("give either --prompt TEXT or --prompts FILE")
-        if names_file(self.out):
-            check_suffix(self.out)
-        for name in ("num_videos", "batch_size", "num_steps", "height", "width", "num_frames"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"{name} is {value}: it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -381,11 +323,6 @@ def generate_missing(
 def batches(num_items: int, batch_size: int) -> list[range]:
     """Numbers of the items of each batch; the last may be smaller."""
     return [range(start, min(start + batch_size, num_items)) for start in range(0, num_items, batch_size)]
-
-
-def names_file(out: Path) -> bool:
-    """Whether a path is meant as a file: it ends in letters after a dot (`run-1.5` is a folder)."""
-    return out.suffix[1:].isalnum() and not out.suffix[1:].isdigit() and not out.is_dir()
 
 
 def output_files(config: GenerateConfig, num_videos: int) -> tuple[list[Path], Path]:

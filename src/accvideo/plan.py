@@ -9,27 +9,24 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from tyro.conf import Positional
 
 from accvideo.call import denoiser_blocks, replay
 from accvideo.discriminator import Discriminator
 from accvideo.losses import ADVERSARIAL_LOSSES
+from accvideo.planning.config import Gpu, PlanConfig
 from accvideo.planning.cost import Cost, at_depth, measure, metered
 from accvideo.planning.networks import Network
 from accvideo.presets import Preset, find_preset, meta
 from accvideo.student import Student, adapted_layers
-from accvideo.training.recipe import DistillConfig, paper
+from accvideo.training.recipe import paper
 from accvideo.training.steps import Step, paired_loss, student_step
 from accvideo.trajectory import TrajectoryBatch
-from accvideo.types import UserError
-
-Gpu = Literal["a100", "h100", "h200", "b200", "l40s", "rtx4090"]
 
 
 @dataclass(frozen=True)
@@ -73,28 +70,6 @@ KINDS: dict[str, tuple[str, str | None]] = {
     "lora_nf4": ("LoRA on an nf4 base", "nf4"),
 }
 """Ways to distill: in words, and type of the frozen base; None where all weights train."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanConfig:
-    """Says what recording, distilling and generating with a preset will take, before anything is downloaded."""
-
-    preset: Positional[str]
-    """Name of the preset, such as wan21-t2v-14b; a wrong one lists them all."""
-    gpu: Gpu = "a100"
-    """Kind of GPU. Times are calibrated on the A100's; others are taken to achieve the same share of their peak."""
-    num_gpus: int = 8
-    """GPUs that record and distill; one of them generates."""
-    num_trajectories: int | None = None
-    """Trajectories to record; by default each of the training's samples is drawn once (iterations x batch size)."""
-    lora_rank: int = DistillConfig.lora_rank
-    """Rank of the LoRA, where one is trained."""
-
-    def __post_init__(self) -> None:
-        find_preset(self.preset)
-        for name in ("num_gpus", "num_trajectories", "lora_rank"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"{name} is {value}: it must be at least 1")
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from torch.utils.checkpoint import checkpoint
 
 from accvideo.call import DenoiserCall, denoiser_blocks, layer_features, replay
 from accvideo.exporting.card import model_card
-from accvideo.inference.acceleration import Quantization, pipeline_quantization, quantization_config, stored_fingerprint
+from accvideo.inference.acceleration import pipeline_quantization, quantization_config, stored_fingerprint
+from accvideo.inference.config import Quantization
 from accvideo.inference.schedulers import make_scheduler
 from accvideo.inference.student_config import StudentConfig, read_student_config
 from accvideo.teacher import denoisers, fingerprint, load_pipeline

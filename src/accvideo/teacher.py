@@ -391,12 +391,17 @@ def shared_arguments(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[str
     ]
 
 
+def call_parameters(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """Names of what a pipeline's call takes, and their defaults."""
+    return {name: each.default for name, each in inspect.signature(type(pipeline).__call__).parameters.items()}
+
+
 def guidance_arguments(pipeline: Any, guidance_scale: float) -> dict[str, Any]:
     """What to call the pipeline with for this guidance scale.
 
     Nothing where it leaves guidance to a component of its own, a guider (HunyuanVideo 1.5), which is then changed.
     """
-    if "guidance_scale" in inspect.signature(type(pipeline).__call__).parameters or not has_guider(pipeline):
+    if "guidance_scale" in call_parameters(pipeline) or not has_guider(pipeline):
         return {"guidance_scale": guidance_scale}
     pipeline.register_modules(guider=pipeline.guider.new(guidance_scale=guidance_scale))
     return {}

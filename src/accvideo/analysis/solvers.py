@@ -22,7 +22,8 @@ from accvideo.analysis.folder import open_analysis, origin, settings_of, write_r
 from accvideo.command import Prompt, choose_device, parse_pipeline_args, progress_bar, read_prompt_file
 from accvideo.flow import keypoint_indices
 from accvideo.generate import batches, with_prompts
-from accvideo.inference.model import Dtype, Model, load_model, with_arguments
+from accvideo.inference.config import Dtype
+from accvideo.inference.model import Model, load_model, with_arguments
 from accvideo.media import load_media
 from accvideo.playground.world import sample_prompts
 from accvideo.recording.setup import set_shift

@@ -14,10 +14,11 @@ from rich.progress import Progress
 from accvideo.analysis.figure import Panel, color, figure, markdown_table, mean_and_spread, spread_text
 from accvideo.command import choose_device, progress_bar
 from accvideo.distill import distill
-from accvideo.evaluate import EvaluateConfig, choose_prompts, evaluate, load_teacher, open_folder
+from accvideo.evaluate import choose_prompts, evaluate, load_teacher, open_folder
 from accvideo.inference.model import load_model, with_scheduler
 from accvideo.inference.student_config import StudentConfig, read_student_config
 from accvideo.reporting.charts import nice_ticks
+from accvideo.reporting.config import EvaluateConfig
 from accvideo.reporting.rows import Plan, Task, make_row, row_key, run_row
 from accvideo.reporting.wording import METRICS
 from accvideo.teacher import PLAYGROUND_TEACHER, teacher_path

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from accvideo.command import choose_device, progress_bar
 from accvideo.exporting.card import teacher_name
+from accvideo.exporting.config import ExportConfig
 from accvideo.exporting.layouts import comfyui_name, layout_of, original_lora, original_weights
 from accvideo.exporting.lora import Extraction, Factors, extract_lora, lora_tensors, read_lora
 from accvideo.exporting.source import Source, component_files, license_files, read_json
@@ -19,9 +20,6 @@ from accvideo.exporting.weights import LazyTensor, Weights, in_memory, read_weig
 from accvideo.inference.schedulers import make_scheduler
 from accvideo.inference.student_config import StudentConfig
 from accvideo.student import LORA_FILES
-
-if TYPE_CHECKING:
-    from accvideo.export import ExportConfig
 
 EXPORT = "accvideo.json"
 """What an exported folder holds and how to call it; `accvideo` takes its sizes from there."""
@@ -40,7 +38,7 @@ class Output:
     copies: dict[str, Path] = field(default_factory=dict)
 
 
-def plan_pipeline(output: Output, source: Source, config: "ExportConfig") -> None:
+def plan_pipeline(output: Output, source: Source, config: ExportConfig) -> None:
     """A pipeline's folder: the student's denoisers and scheduler, all else as the teacher has it."""
     assert source.teacher is not None
     index = read_json(source.teacher / "model_index.json")
@@ -64,7 +62,7 @@ def plan_pipeline(output: Output, source: Source, config: "ExportConfig") -> Non
         output.texts[f"{name}/config.json"] = json.dumps(settings, indent=2) + "\n"
 
 
-def plan_original(output: Output, source: Source, config: "ExportConfig") -> None:
+def plan_original(output: Output, source: Source, config: ExportConfig) -> None:
     """One file for each denoiser in the layout of its authors."""
     for name in source.denoisers:
         layout = layout_of(source.denoiser_config(name)["_class_name"])
@@ -73,7 +71,7 @@ def plan_original(output: Output, source: Source, config: "ExportConfig") -> Non
     output.copies |= license_files(source.teacher)
 
 
-def plan_lora(output: Output, source: Source, config: "ExportConfig") -> dict[str, Extraction]:
+def plan_lora(output: Output, source: Source, config: ExportConfig) -> dict[str, Extraction]:
     """One LoRA for each denoiser; returns how it was extracted, for full weights."""
     dtype, extractions = getattr(torch, config.dtype), {}
     for name in source.denoisers:
@@ -95,7 +93,7 @@ def comfyui_tensors(source: Source, name: str, lora: Mapping[str, Factors]) -> d
     return lora_tensors({comfyui_name(module): factors for module, factors in original.items()}, "")
 
 
-def extraction(source: Source, name: str, config: "ExportConfig") -> Extraction:
+def extraction(source: Source, name: str, config: ExportConfig) -> Extraction:
     """The LoRA of a denoiser with full weights."""
     assert config.rank is not None
     teacher, student = source.teacher_weights(name), read_weights(source.folder / name)
@@ -137,7 +135,7 @@ def baked_guidance(weights: Weights, guidance_scale: float | None) -> Weights:
     }
 
 
-def weight_file(config: "ExportConfig", source: Source, name: str) -> str:
+def weight_file(config: ExportConfig, source: Source, name: str) -> str:
     """The name of a denoiser's file: the first of two works at high noise, the second at low noise (Wan 2.2)."""
     if config.to == "lora":
         return LORA_FILES[name]
@@ -147,12 +145,12 @@ def weight_file(config: "ExportConfig", source: Source, name: str) -> str:
     return f"{stem}_{'high' if name == 'transformer' else 'low'}_noise.safetensors"
 
 
-def metadata(config: "ExportConfig", source: Source) -> dict[str, str]:
+def metadata(config: ExportConfig, source: Source) -> dict[str, str]:
     """The schedule, in the file itself."""
     return {"format": "pt", "accvideo": json.dumps(call_settings(config, source.config))}
 
 
-def call_settings(config: "ExportConfig", student: StudentConfig) -> dict[str, Any]:
+def call_settings(config: ExportConfig, student: StudentConfig) -> dict[str, Any]:
     """How to call the student, and where it comes from."""
     names = ("num_steps", "sigmas", "timesteps", "guidance_scale", "height", "width", "num_frames", "fps")
     names += ("pipeline_args", "pipeline_class", "revision", "license")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 import torch
@@ -10,15 +10,13 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 
 from accvideo.data.schema import loads
+from accvideo.exporting.config import ExportConfig
 from accvideo.exporting.lora import merge_lora, read_lora
 from accvideo.exporting.weights import LazyTensor, Weights, read_weights
 from accvideo.inference.student_config import StudentConfig
 from accvideo.student import LORA_FILES
 from accvideo.teacher import teacher_path, weights_fingerprint
 from accvideo.types import UserError
-
-if TYPE_CHECKING:
-    from accvideo.export import ExportConfig
 
 FOREIGN_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.onnx")
 """Not copied: the same weights in formats that run code, or for other libraries."""
@@ -81,7 +79,7 @@ class Source:
         return {parameter: stored(parameter, weight) for parameter, weight in weights.items()}
 
 
-def teacher_files(config: "ExportConfig", student: StudentConfig) -> Path | None:
+def teacher_files(config: ExportConfig, student: StudentConfig) -> Path | None:
     """The teacher's folder, fetched from the hub as far as this export needs it.
 
     Raises:

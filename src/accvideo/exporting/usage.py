@@ -1,12 +1,13 @@
 """How to run an exported student, in Markdown: code for diffusers, nodes for ComfyUI."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 import torch
 
 from accvideo.exporting.card import teacher_name
+from accvideo.exporting.config import ExportConfig
 from accvideo.exporting.forms import weight_file
 from accvideo.exporting.lora import Extraction
 from accvideo.exporting.source import Source
@@ -14,9 +15,6 @@ from accvideo.flow import shifted_sigmas
 from accvideo.inference.schedulers import KeyPointScheduler
 from accvideo.inference.student_config import StudentConfig
 from accvideo.student import LORA_FILES
-
-if TYPE_CHECKING:
-    from accvideo.export import ExportConfig
 
 PACKAGES = (
     f"With `pip install 'diffusers>={diffusers.__version__}' transformers accelerate peft imageio imageio-ffmpeg` "
@@ -28,7 +26,7 @@ SAME_LEVELS = 2e-3
 """Noise levels that differ by less count as the same where a schedule is only described."""
 
 
-def what_it_is(config: "ExportConfig", student: StudentConfig) -> str:
+def what_it_is(config: ExportConfig, student: StudentConfig) -> str:
     """The kind of weights, in words."""
     if config.to == "diffusers":
         return "Pipeline with full weights"
@@ -39,7 +37,7 @@ def what_it_is(config: "ExportConfig", student: StudentConfig) -> str:
     return f"LoRA of rank {rank}{extracted}" + (", in ComfyUI's layout" if config.to == "comfyui" else "")
 
 
-def usage(config: "ExportConfig", source: Source) -> str:
+def usage(config: ExportConfig, source: Source) -> str:
     """How to run what was written, in Markdown."""
     if config.to == "diffusers":
         return diffusers_usage(config, source)
@@ -48,7 +46,7 @@ def usage(config: "ExportConfig", source: Source) -> str:
     return comfyui_usage(config, source)
 
 
-def diffusers_usage(config: "ExportConfig", source: Source) -> str:
+def diffusers_usage(config: ExportConfig, source: Source) -> str:
     """For a pipeline's folder."""
     lines = [
         f'pipeline = DiffusionPipeline.from_pretrained("FOLDER", torch_dtype=torch.{config.dtype}).to("cuda")',
@@ -57,7 +55,7 @@ def diffusers_usage(config: "ExportConfig", source: Source) -> str:
     return f"{PACKAGES}:\n\n{python(lines, source.config)}"
 
 
-def lora_usage(config: "ExportConfig", source: Source) -> str:
+def lora_usage(config: ExportConfig, source: Source) -> str:
     """For a LoRA in diffusers' layout."""
     student, lines = source.config, []
     lines.append(f'pipeline = DiffusionPipeline.from_pretrained("{teacher_name(student)}", torch_dtype=torch.bfloat16)')
@@ -80,7 +78,7 @@ def lora_usage(config: "ExportConfig", source: Source) -> str:
     return f"{PACKAGES}:\n\n{python(lines, student)}"
 
 
-def comfyui_usage(config: "ExportConfig", source: Source) -> str:
+def comfyui_usage(config: ExportConfig, source: Source) -> str:
     """For ComfyUI."""
     student, two = source.config, len(source.denoisers) > 1
     what = "LoRA" if config.to == "comfyui" else "model"
@@ -156,7 +154,7 @@ def python(lines: Sequence[str], student: StudentConfig) -> str:
     return "\n".join(["```python", *imports, f"from diffusers.utils import {', '.join(names)}", "", *lines, "```"])
 
 
-def extraction_note(config: "ExportConfig", extractions: Mapping[str, Extraction]) -> str:
+def extraction_note(config: ExportConfig, extractions: Mapping[str, Extraction]) -> str:
     """What an extracted LoRA leaves out, in a few lines."""
     lines = []
     for name, each in extractions.items():

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -22,34 +21,9 @@ from diffusers import (
 from diffusers.models.attention_dispatch import AttentionBackendName
 from safetensors import safe_open
 
+from accvideo.inference.config import Acceleration, ContextParallel, Quantization
 from accvideo.teacher import denoisers, weights_fingerprint
 from accvideo.types import UserError
-
-Quantization = Literal["int8", "float8", "nf4"]
-"""Type of the denoisers' linear weights: int8 or float8 (1 byte each, torchao), nf4 (half a byte, bitsandbytes)."""
-
-Offload = Literal["none", "model", "group"]
-
-ContextParallel = Literal["none", "ulysses", "ring"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Acceleration:
-    """How a model runs; what it makes stays the same but for rounding."""
-
-    compile: bool = False
-    """Compile the denoiser's blocks by torch.compile: the first video waits for it, all are faster."""
-    attention_backend: str | None = None
-    """Who computes attention, by diffusers' name: native, flash, _flash_3_hub, sage, xformers and others."""
-    quantization: Quantization | None = None
-    """Of the denoiser's linear weights: int8 or float8 (one byte each, torchao), nf4 (half a byte, bitsandbytes)."""
-    offload: Offload = "none"
-    """Keep weights in main memory until they are needed: `model` moves whole networks to the accelerator, which costs
-    little time; `group` moves single layers ahead of their use, which takes the least memory."""
-    vae_tiling: bool = False
-    """Decode in overlapping tiles: less memory for large frames."""
-    vae_slicing: bool = False
-    """Decode the videos of a batch one by one: less memory."""
 
 
 def check_acceleration(acceleration: Acceleration, device: str) -> None:

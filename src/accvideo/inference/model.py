@@ -6,25 +6,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from accvideo.command import DEFAULT_FPS, call_parameters
+from accvideo.command import DEFAULT_FPS
 from accvideo.inference.acceleration import (
-    Acceleration,
-    Quantization,
     accelerate_pipeline,
     check_acceleration,
     pipeline_quantization,
     stored_fingerprint,
 )
+from accvideo.inference.config import PLAIN, Acceleration, Quantization
 from accvideo.inference.schedulers import make_scheduler
 from accvideo.inference.student_config import StudentConfig
 from accvideo.student import load_student
 from accvideo.teacher import (
+    call_parameters,
     denoisers,
     fingerprint,
     load_pipeline,
@@ -40,12 +40,8 @@ PLAYGROUND_STUDENTS = {"playground-student": PLAYGROUND / "student", "playground
 
 NUM_TEACHER_STEPS = 50
 
-PLAIN = Acceleration()
-
 SCHEDULE_ARGUMENTS = ("num_inference_steps", "sigmas", "timesteps", "guidance_scale", "guidance_scale_2")
 """Arguments of pipelines that say which noise levels and guidance they take."""
-
-Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)

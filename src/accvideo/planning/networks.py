@@ -7,9 +7,7 @@ write them; entries at a class's default are left out unless they tell the model
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 from torch import nn
 
 
@@ -35,6 +33,9 @@ class Network:
             device: where it is made.
             changes: of the configuration.
         """
+        import diffusers  # here, since a preset's settings need none of it
+        import transformers
+
         config = self.config | changes
         with torch.device(device):
             if hasattr(diffusers, self.class_name):

@@ -12,7 +12,7 @@ import copy
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from accvideo.playground import world
+from accvideo.playground.config import TrainConfig
 from accvideo.playground.networks import (
     LATENT_CHANNELS,
     MAX_TOKENS,
@@ -47,73 +48,6 @@ _BATCHES_DRAWN = 16
 
 _BATCHES_MEASURED = 8
 """Batches of 64 clips over which the mean and deviation of the latents are taken."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Train the playground's teacher and save it as a diffusers folder."""
-
-    out: Path
-    """Folder to write: the pipeline in `teacher/`, checkpoints beside it."""
-    start_from: str | None = None
-    """Teacher to go on from: `playground`, or a folder that this command saved. From nothing by default."""
-    vae_iterations: int = 12_000
-    """Updates of the autoencoder."""
-    vae_batch_size: int = 64
-    """Clips in one update of the autoencoder."""
-    vae_learning_rate: float = 1e-3
-    """Peak learning rate of the autoencoder."""
-    kl_weight: float = 1e-4
-    """Weight of the mean KL divergence of a latent number (in nats) against the mean pixel error."""
-    refine_iterations: int = 10_000
-    """Further updates of the autoencoder, its latents held where they are."""
-    refine_batch_size: int = 32
-    """Clips in one of these updates."""
-    refine_learning_rate: float = 3e-3
-    """Peak learning rate of the kernels (Muon) in these updates; a tenth of it is that of other weights (Adam)."""
-    refine_hold: float = 0.03
-    """Weight of the mean squared distance of the latents from where they were, in their standard deviations."""
-    refine_encoder: bool = True
-    """Train the encoder in these updates too; without it the latents stay, and so do denoiser, records and students."""
-    refine_noise: float = 0.2
-    """Most noise on the latents that the decoder is given, in their standard deviations; drawn for each clip."""
-    refine_by: str | None = None
-    """Student, such as `playground-student`, whose last steps remake most of these latents, so that the decoder learns
-    to read what samplers make; needs `--start-from` its teacher, and `--no-refine-encoder`. None: noise alone."""
-    denoiser_iterations: int = 30_000
-    """Updates of the denoiser and the text encoder."""
-    denoiser_batch_size: int = 512
-    """Clips in one update of the denoiser."""
-    denoiser_learning_rate: float = 1e-2
-    """Peak learning rate of the matrices (Muon) of the denoiser; a tenth of it is that of all other weights (Adam)."""
-    ema_decay: float = 0.9995
-    """Decay of the moving average of the weights, which is what is saved."""
-    caption_dropout: float = 0.1
-    """Fraction of clips trained without their caption, for classifier-free guidance (arXiv:2207.12598)."""
-    train_shift: float = 3.0
-    """Shift of the noise levels trained on towards noise; 1 draws them uniformly."""
-    pool_size: int = 262_144
-    """Encoded clips kept at hand; every 256 updates a block of new ones replaces the oldest."""
-    pool_block: int = 1024
-    """Clips drawn and encoded at once."""
-    pool_start: int = 131_072
-    """Clips encoded before the first update of the denoiser."""
-    seed: int = 0
-    """Seed of the weights, the clips and the noise."""
-    save_every: int = 1_000
-    """Updates between checkpoints."""
-    device: str = "auto"
-    """Device to train on; `auto` takes a GPU if there is one."""
-
-    def __post_init__(self) -> None:
-        """Refuse a pool that cannot start."""
-        if not self.denoiser_batch_size <= self.pool_start <= self.pool_size:
-            raise UserError(
-                f"pool_start={self.pool_start} must lie between denoiser_batch_size={self.denoiser_batch_size} "
-                f"and pool_size={self.pool_size}"
-            )
-        if self.refine_by is not None and (self.start_from is None or self.refine_encoder):
-            raise UserError("refine_by needs latents that stay: give --start-from and --no-refine-encoder too")
 
 
 def train(config: TrainConfig) -> dict[str, Any]:

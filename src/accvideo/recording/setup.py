@@ -12,12 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from accvideo.call import flatten
-from accvideo.command import (
-    DEFAULT_FPS,
-    Prompt,
-    call_parameters,
-    parse_pipeline_args,
-)
+from accvideo.command import DEFAULT_FPS, Prompt, parse_pipeline_args
 from accvideo.data.manifest import Manifest
 from accvideo.flow import keypoint_indices
 from accvideo.inference.model import NUM_TEACHER_STEPS
@@ -28,6 +23,7 @@ from accvideo.teacher import (
     Approach,
     approach,
     batch_arguments,
+    call_parameters,
     denoisers,
     fingerprint,
     guidance_arguments,

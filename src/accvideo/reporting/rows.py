@@ -22,8 +22,8 @@ from torch import Tensor
 
 from accvideo.command import Prompt
 from accvideo.generate import ClipBatch, Seconds, batches, describe_prompt, sample_clips, with_prompts
-from accvideo.inference.acceleration import Acceleration
-from accvideo.inference.model import PLAIN, Model, digest
+from accvideo.inference.config import PLAIN, Acceleration
+from accvideo.inference.model import Model, digest
 from accvideo.metrics import (
     Estimate,
     bootstrap_interval,

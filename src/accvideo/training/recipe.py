@@ -12,7 +12,7 @@ from tyro.conf import Positional
 
 from accvideo.command import shorten
 from accvideo.data.manifest import Manifest
-from accvideo.inference.acceleration import Quantization
+from accvideo.inference.config import Quantization
 from accvideo.training.checkpoint import writing
 from accvideo.training.distributed import num_ranks
 from accvideo.training.tracking import Tracker, check_tracker

@@ -16,7 +16,8 @@ from torch.optim import AdamW
 
 from accvideo.data.manifest import Manifest
 from accvideo.discriminator import Discriminator
-from accvideo.inference.acceleration import Quantization, quantization_config, stored_fingerprint
+from accvideo.inference.acceleration import quantization_config, stored_fingerprint
+from accvideo.inference.config import Quantization
 from accvideo.inference.model import student_folder
 from accvideo.inference.student_config import read_student_config
 from accvideo.student import Student, saved_weights

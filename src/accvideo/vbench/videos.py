@@ -16,7 +16,7 @@ from rich.progress import Progress
 
 from accvideo.command import shorten
 from accvideo.generate import ClipBatch, batches, describe_prompt, sample_clips, with_prompts
-from accvideo.inference.acceleration import Acceleration
+from accvideo.inference.config import Acceleration
 from accvideo.inference.model import Model, digest
 from accvideo.recording.workers import OWNER, BackgroundWriter, Claims, Place, is_gone
 from accvideo.trajectory import write_whole
