@@ -186,6 +186,22 @@ def test_killed_evaluation_goes_on(run: tuple[EvaluateConfig, dict[str, Any]]):
     assert evaluate(config) == again
 
 
+def test_evaluations_that_share_rows_make_them_once(run: tuple[EvaluateConfig, dict[str, Any]], tmp_path: Path):
+    """Another report from the rows of the first: no clip is made again, and the numbers are the same."""
+    config, report = run
+    files = sorted((config.out / "cache").glob("*/*.safetensors"))
+    times = [path.stat().st_mtime_ns for path in files]
+    other = replace(config, out=tmp_path / "other", rows=config.out / "cache")
+    again = evaluate(other)
+    assert again["rows"] == report["rows"] and f"--rows {other.rows}" in again["command"]
+    assert sorted((config.out / "cache").glob("*/*.safetensors")) == files
+    assert [path.stat().st_mtime_ns for path in files] == times
+    assert (other.out / "index.html").exists() and not list((other.out / "cache").iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="another --rows"):
+        evaluate(replace(config, out=tmp_path / "third", rows=tmp_path / "file"))
+
+
 def test_mistakes_are_told_first(run: tuple[EvaluateConfig, dict[str, Any]], tmp_path: Path):
     config, _ = run
     with pytest.raises(UserError, match="give --prompts FILE"):
@@ -246,9 +262,9 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Task, dict[str, Ro
     data, batch = {}, task.batches()[0]
     for name, order in (("teacher", list(range(12))), ("student", [1, 0, *range(2, 12)])):
         clips = ClipBatch(list(batch), frames[order], latents[order], Seconds(0.1, 2.0, 0.3), 10, [1.0, 0.0])
-        teacher = None if name == "teacher" else task.cache / "teacher"
-        write_batch(task.cache / name, task, batch, clips, teacher, keep_wrong=True)
-        data[name] = read_row([task.cache / name])
+        teacher = None if name == "teacher" else task.rows / "teacher"
+        write_batch(task.rows / name, task, batch, clips, teacher, keep_wrong=True)
+        data[name] = read_row([task.rows / name])
     return task, data
 
 

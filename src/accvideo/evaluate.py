@@ -63,14 +63,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         dtype=config.dtype,
         acceleration=config.acceleration,
         is_judged=is_judged,
-        cache=open_folder(config.out),
+        rows=row_folder(config),
         features=features,
     )
     with progress_bar(visible=place.local_rank == 0) as progress:
         if suite is None:
             return write_rows(config, task, None, student, device, progress)
         make_vbench(config, task, suite, student, device, place, progress)
-        claims = Claims(task.cache, "rows")
+        claims = Claims(config.out / "cache", "rows")
         try:
             if not claims.take("rows"):
                 return {}
@@ -185,6 +185,22 @@ def open_folder(folder: Path) -> Path:
     except OSError as error:
         raise UserError(f"cannot make the folder {cache}: {error.strerror}; give another --out") from error
     return cache
+
+
+def row_folder(config: EvaluateConfig) -> Path:
+    """Where an evaluation keeps its finished rows; the report's folder is made too.
+
+    Raises:
+        UserError: one of them cannot be.
+    """
+    own = open_folder(config.out)
+    if config.rows is None:
+        return own
+    try:
+        config.rows.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {config.rows}: {error.strerror}; give another --rows") from error
+    return config.rows
 
 
 def check_teacher(name: str) -> Path | None:

@@ -55,6 +55,8 @@ class BaselinesConfig:
     """Clips of each row while learning rates are tried."""
     prompts: Path | None = None
     """As for `accvideo evaluate`; needed where the teacher is not the playground's."""
+    rows: Path | None = None
+    """As for `accvideo evaluate`: analyses that share it make the teacher's clips once."""
     device: str = "auto"
     """`auto` takes the accelerator if there is one."""
 
@@ -116,7 +118,9 @@ def baselines(config: BaselinesConfig) -> dict[str, Any]:
 
 def evaluation(config: BaselinesConfig, out: Path, num_prompts: int, seed: int) -> Evaluation:
     """How students are evaluated, for trials or in the end."""
-    return Evaluation(out=out, num_prompts=num_prompts, prompts=config.prompts, seed=seed, device=config.device)
+    return Evaluation(
+        out=out, num_prompts=num_prompts, prompts=config.prompts, seed=seed, device=config.device, rows=config.rows
+    )
 
 
 def check_budget(config: BaselinesConfig, manifest: Manifest, num_trajectories: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from accvideo.analysis.budget import training_evaluations
 from accvideo.analysis.estimate import CALLS, PLAYGROUND, Work, show_estimate
 from accvideo.analysis.figure import Panel, color, figure, markdown_table, whisker, whisker_ticks
-from accvideo.analysis.folder import open_analysis, origin, settings_of, write_results
+from accvideo.analysis.folder import PLACES, open_analysis, origin, settings_of, write_results
 from accvideo.analysis.students import Evaluation, distill_all, evaluate_kinds, metric_cell, metric_title, scaled
 from accvideo.command import choose_device
 from accvideo.data.dataset import TrajectoryFolder
@@ -88,6 +88,8 @@ class CostConfig:
     """Students of each recipe."""
     num_prompts: int = 500
     """Clips of each row."""
+    rows: Path | None = None
+    """As for `accvideo evaluate`: analyses that share it make the teacher's clips once."""
     estimate: bool = False
     """Say what is left to do and how long it takes, and stop."""
     device: str = "auto"
@@ -153,7 +155,7 @@ def cost(config: CostConfig) -> dict[str, Any]:
     Raises:
         UserError: whatever the stages refuse.
     """
-    settings = settings_of(config, ("out", "device", "estimate"))
+    settings = settings_of(config, (*PLACES, "estimate"))
     recipes, device = plan_recipes(config), choose_device(config.device)
     variants = plan_variants(config, recipes)
     left = work_left(config, recipes + variants, config.out / "cache")
@@ -167,7 +169,12 @@ def cost(config: CostConfig) -> dict[str, Any]:
     runs = {recipe.name: recipe.runs(cache, config.num_seeds) for recipe in recipes + variants}
     distill_all([run for each in runs.values() for run in each])
     evaluation = Evaluation(
-        out=cache / "report", num_prompts=config.num_prompts, prompts=None, seed=0, device=config.device
+        out=cache / "report",
+        num_prompts=config.num_prompts,
+        prompts=None,
+        seed=0,
+        device=config.device,
+        rows=config.rows,
     )
     kinds = {name: [run.out for run in each] for name, each in runs.items()}
     rows = {row["name"]: row for row in evaluate_kinds(kinds, evaluation)}

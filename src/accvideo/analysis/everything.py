@@ -146,6 +146,8 @@ class Place:
     """The same with `STUDENT_STEPS` alone."""
     right: Path
     """Numbers of the trajectories that the judge finds right."""
+    rows: Path
+    """Rows of the teacher and of students, which all parts share."""
     out: Path
 
 
@@ -163,10 +165,15 @@ def words(*arguments: Any) -> list[str]:
 
 
 def teacher_work(sizes: Sizes, numbers: Sequence[int]) -> Work:
-    """The teacher's rows of an evaluation: all steps; at each number, guided, with equal calls (two ways) and UniPC."""
+    """The teacher's rows at some numbers of steps: at each guided, with equal calls (two ways), and by UniPC."""
     few = [CALLS * number + number + CALLS * (number // 2) + CALLS * number for number in numbers]
-    rows = 1 + sum(4 if number > 1 else 3 for number in numbers)
-    return Work(sampled=CALLS * sizes.num_steps + sum(few), clips=rows).times(sizes.num_prompts)
+    rows = sum(4 if number > 1 else 3 for number in numbers)
+    return Work(sampled=sum(few), clips=rows).times(sizes.num_prompts)
+
+
+def whole_teacher_work(sizes: Sizes) -> Work:
+    """The teacher's row at all of its steps."""
+    return Work(sampled=CALLS * sizes.num_steps, clips=1).times(sizes.num_prompts)
 
 
 def toy_part(sizes: Sizes, place: Place) -> Part:
@@ -196,11 +203,11 @@ def keypoints_part(sizes: Sizes, place: Place) -> Part:
     """Key points: choosing them, and students of all choices."""
     num_students = len(CHOICES) * sizes.num_seeds
     arguments = words(place.data, "--num-student-steps", sizes.num_student_steps, "--distill", sizes.chosen)
-    work = Work(sampled=CALLS * sizes.num_steps, clips=1).times(sizes.num_prompts)
+    work = whole_teacher_work(sizes)
     work += Work(seconds=sizes.num_trajectories * sizes.num_steps**2 * 4e-5)
     for number in sizes.chosen:
         work += student_work(sizes, number).times(num_students)
-    return Part([*arguments, *student_arguments(sizes)], work)
+    return Part([*arguments, *student_arguments(sizes), *words("--rows", place.rows)], work)
 
 
 def ablation_part(sizes: Sizes, place: Place) -> Part:
@@ -210,7 +217,7 @@ def ablation_part(sizes: Sizes, place: Place) -> Part:
     num_variants = len(FIGURE_7) + (0 if sizes.figure_7 else len(BEYOND) + len(FRACTIONS) + 2)
     options = ("--figure-7",) if sizes.figure_7 else ("--keep", place.right)
     return Part(
-        words(place.cut, options, *student_arguments(sizes)),
+        words(place.cut, options, *student_arguments(sizes), "--rows", place.rows),
         student_work(sizes, STUDENT_STEPS, adversarial=1.0).times(num_variants * sizes.num_seeds)
         + teacher_work(sizes, [STUDENT_STEPS]),
     )
@@ -221,7 +228,10 @@ def baselines_part(sizes: Sizes, place: Place) -> Part:
     num_tried = len(sizes.learning_rates) if len(sizes.learning_rates) > 1 else 0
     trained = Work(trained=sizes.training_budget).times(max(num_tried, 1) + sizes.num_seeds - 1)
     num_clips = sizes.num_seeds * sizes.num_prompts + num_tried * sizes.num_trial_prompts
-    tested = Work(sampled=STUDENT_STEPS, clips=1).times(num_clips)
+    work = (trained + Work(sampled=STUDENT_STEPS, clips=1).times(num_clips)).times(len(sizes.methods))
+    if num_tried:
+        trial = replace(sizes, num_prompts=sizes.num_trial_prompts)
+        work += whole_teacher_work(trial) + teacher_work(trial, [STUDENT_STEPS])
     arguments = words(
         place.cut,
         "--budget", sizes.recording + sizes.training_budget,
@@ -231,8 +241,9 @@ def baselines_part(sizes: Sizes, place: Place) -> Part:
         "--batch-size", sizes.batch_size,
         "--num-prompts", sizes.num_prompts,
         "--num-trial-prompts", sizes.num_trial_prompts,
+        "--rows", place.rows,
     )  # fmt: skip
-    return Part(arguments, (trained + tested).times(len(sizes.methods)) + teacher_work(sizes, [STUDENT_STEPS]))
+    return Part(arguments, work)
 
 
 def steps_part(sizes: Sizes, place: Place) -> Part:
@@ -246,8 +257,9 @@ def steps_part(sizes: Sizes, place: Place) -> Part:
     arguments = words(place.data, "--num-student-steps", numbers, *student_arguments(sizes))
     found = place.out / "baselines" / "baselines.json"
     return Part(
-        [*arguments, *words("--baselines", found)],
-        (trained + tested).times(sizes.num_seeds) + teacher_work(sizes, numbers),
+        [*arguments, *words("--baselines", found, "--rows", place.rows)],
+        (trained + tested).times(sizes.num_seeds)
+        + teacher_work(sizes, [number for number in numbers if number != STUDENT_STEPS]),
     )
 
 
@@ -303,6 +315,7 @@ def cost_part(sizes: Sizes, place: Place) -> Part:
     names = ("num_trajectories", "num_iterations", "paper_iterations", "paper_batch_size")
     names += ("batch_size", "num_seeds", "num_prompts")
     arguments = words(*((f"--{name.replace('_', '-')}", getattr(config, name)) for name in names))
+    arguments += words("--rows", place.rows)
     if not config.variants:
         arguments += ["--no-variants"]
     return Part(arguments, sum(left.values(), Work()))
@@ -320,7 +333,7 @@ PARTS: dict[str, Callable[[Sizes, Place], Part]] = {
     "cost": cost_part,
 }
 """By the name of the command `accvideo analyze NAME`, in the order in which they run. A new analysis takes a line here
-and a function that says what it is asked for and how much that is."""
+and a function that says what it is asked for and how much that is, without the rows that an earlier one leaves it."""
 
 
 def all(config: AllConfig) -> dict[str, Any]:  # noqa: A001 - named as the command is
@@ -337,7 +350,13 @@ def all(config: AllConfig) -> dict[str, Any]:  # noqa: A001 - named as the comma
     cache = open_analysis(config.out, {"short": config.short, "data": str(config.data or "recorded here")})
     cache.mkdir(exist_ok=True)
     device = choose_device(config.device)
-    place = Place(config.data or config.out / "data", config.out / "data-5", config.out / "right.txt", config.out)
+    place = Place(
+        data=config.data or config.out / "data",
+        cut=config.out / "data-5",
+        right=config.out / "right.txt",
+        rows=config.out / "rows",
+        out=config.out,
+    )
     parts = {name: make(sizes, place) for name, make in PARTS.items() if f"analyze {name}" in COMMANDS}
     missing = [name for name in parts if not is_done(config.out, name)]
     if missing:

@@ -13,7 +13,11 @@ from accvideo.types import UserError
 SETTINGS = "settings.json"
 
 
-def settings_of(config: Any, places: Collection[str] = ("out", "device")) -> dict[str, Any]:
+PLACES = ("out", "rows", "device")
+"""Settings of analyses that change nothing in their numbers."""
+
+
+def settings_of(config: Any, places: Collection[str] = PLACES) -> dict[str, Any]:
     """A configuration as JSON values, without those that change nothing in the numbers."""
     values = {name: value for name, value in asdict(config).items() if name not in places}
     return json.loads(json.dumps(values, default=str))

@@ -13,7 +13,7 @@ import torch
 from tyro.conf import Positional
 
 from accvideo.analysis.figure import Panel, color, dot, figure, markdown_table, polyline, spread_curves, whisker_ticks
-from accvideo.analysis.folder import open_analysis, origin, settings_of, write_results
+from accvideo.analysis.folder import PLACES, open_analysis, origin, settings_of, write_results
 from accvideo.analysis.grids import Costs, best_grid, best_shift, grid_cost, secant_costs, start_costs
 from accvideo.analysis.students import StudentsConfig, distill_all, metric_table, rows_beside_teacher, scaled
 from accvideo.command import choose_device
@@ -73,7 +73,7 @@ def keypoints(config: KeypointsConfig) -> dict[str, Any]:
     check_states(folder.manifest, config)
     if config.distill:
         config.evaluation(Path()).check_prompts(folder.manifest.teacher)
-    cache = open_analysis(config.out, settings_of(config, ("out", "write", "device")))
+    cache = open_analysis(config.out, settings_of(config, (*PLACES, "write")))
     indices = range(len(folder))
     half = len(indices) // 2
     chosen_on, measured_on = (indices[:half], indices[half:]) if half else (indices, indices)
@@ -87,7 +87,7 @@ def keypoints(config: KeypointsConfig) -> dict[str, Any]:
     results = {
         "command": f"accvideo analyze keypoints {config.data} --out DIR",
         **origin(choose_device(config.device) if config.distill else "cpu"),
-        "settings": settings_of(config, ("out", "write", "device")),
+        "settings": settings_of(config, (*PLACES, "write")),
         "teacher": folder.manifest.teacher,
         "num_steps": folder.manifest.num_steps,
         "num_trajectories": {"chosen_on": len(chosen_on), "measured_on": len(measured_on)},

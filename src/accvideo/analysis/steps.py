@@ -19,7 +19,7 @@ from accvideo.analysis.figure import (
     spread_text,
     whisker_ticks,
 )
-from accvideo.analysis.folder import open_analysis, origin, settings_of, write_results
+from accvideo.analysis.folder import PLACES, open_analysis, origin, settings_of, write_results
 from accvideo.analysis.students import (
     Evaluation,
     StudentsConfig,
@@ -35,7 +35,7 @@ from accvideo.analysis.students import (
 from accvideo.command import choose_device, progress_bar
 from accvideo.data.manifest import read_manifest
 from accvideo.data.storage import open_storage
-from accvideo.evaluate import load_teacher, open_folder, teacher_rows
+from accvideo.evaluate import load_teacher, teacher_rows
 from accvideo.inference.student_config import read_student_config
 from accvideo.reporting.charts import Plot, log_ticks
 from accvideo.reporting.wording import METRICS
@@ -94,7 +94,7 @@ def steps(config: StepsConfig) -> dict[str, Any]:
     student_sweeps(manifest.num_student_steps, config.num_student_steps)
     methods = [] if config.baselines is None else read_baselines(config.baselines)
     config.evaluation(Path()).check_prompts(manifest.teacher)
-    settings = settings_of(config, ("out", "device", "baselines"))
+    settings = settings_of(config, (*PLACES, "baselines"))
     cache = open_analysis(config.out, settings)
     plan = plan_runs(config, cache)
     runs = {run.out: run for kinds in plan.values() for members in kinds.values() for run in members}
@@ -139,7 +139,6 @@ def evaluate_number(
     own_student = students[ONE_EACH][0].out
     config, student = evaluation.of(own_student), read_student_config(own_student)
     device, task = choose_device(config.device), task_of(config, student)
-    open_folder(config.out)
     with progress_bar() as progress:
         teacher = load_teacher(config, student.teacher, student, device)
         key, rows, _ = teacher_rows(config, task, teacher, student, progress)

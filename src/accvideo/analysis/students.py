@@ -14,7 +14,7 @@ from rich.progress import Progress
 from accvideo.analysis.figure import Panel, color, figure, markdown_table, mean_and_spread, spread_text
 from accvideo.command import choose_device, progress_bar
 from accvideo.distill import distill
-from accvideo.evaluate import choose_prompts, evaluate, load_teacher, open_folder
+from accvideo.evaluate import choose_prompts, evaluate, load_teacher, row_folder
 from accvideo.inference.model import load_model, with_scheduler
 from accvideo.inference.student_config import StudentConfig, read_student_config
 from accvideo.reporting.charts import nice_ticks
@@ -42,6 +42,8 @@ class Evaluation:
     seed: int
     """Of prompts and noise."""
     device: str
+    rows: Path | None
+    """As for `accvideo evaluate`."""
 
     def of(self, student: Path, *also: Path) -> EvaluateConfig:
         """The settings with which `accvideo evaluate` does so."""
@@ -53,6 +55,7 @@ class Evaluation:
             prompts=self.prompts,
             seed=self.seed,
             device=self.device,
+            rows=self.rows,
         )
 
     def check_prompts(self, teacher: str) -> None:
@@ -78,6 +81,8 @@ class StudentsConfig:
     """Clips of each row."""
     prompts: Path | None = None
     """As for `accvideo evaluate`; needed where the teacher is not the playground's."""
+    rows: Path | None = None
+    """As for `accvideo evaluate`: analyses that share it make the teacher's clips once."""
     device: str = "auto"
     """`auto` takes the accelerator if there is one."""
 
@@ -100,7 +105,14 @@ class StudentsConfig:
 
     def evaluation(self, out: Path) -> Evaluation:
         """How its students are evaluated."""
-        return Evaluation(out=out, num_prompts=self.num_prompts, prompts=self.prompts, seed=0, device=self.device)
+        return Evaluation(
+            out=out,
+            num_prompts=self.num_prompts,
+            prompts=self.prompts,
+            seed=0,
+            device=self.device,
+            rows=self.rows,
+        )
 
 
 def distill_all(runs: Sequence[DistillConfig]) -> dict[str, float]:
@@ -142,7 +154,6 @@ def rows_beside_teacher(kinds: Mapping[str, Sequence[Path]], evaluation: Evaluat
     own_student = next(iter(kinds.values()))[0]
     config, student = evaluation.of(own_student), read_student_config(own_student)
     device, task = choose_device(config.device), task_of(config, student)
-    open_folder(config.out)
     with progress_bar() as progress:
         teacher = load_teacher(config, student.teacher, student, device)
         full = Plan("teacher", teacher.num_steps, teacher.guidance_scale, is_teacher=True)
@@ -201,7 +212,7 @@ def task_of(config: EvaluateConfig, student: StudentConfig) -> Task:
         batch_size=config.batch_size or (16 if is_judged else 1),
         dtype=config.dtype,
         is_judged=is_judged,
-        cache=config.out / "cache",
+        rows=row_folder(config),
     )
 
 

@@ -20,6 +20,9 @@ class EvaluateConfig:
     """Folder of a student, or `playground-student`, or `playground-student-2`."""
     out: Path
     """Folder of the report; a killed evaluation in it goes on."""
+    rows: Path | None = None
+    """Folder to take finished rows from and to keep them in, `cache` in `out` by default. Evaluations that share one
+    make the teacher's clips once; the seconds of a row are those of when it was made."""
     teacher: str | None = None
     """The student's own by default."""
     also: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()

@@ -75,7 +75,8 @@ class Task:
     batch_size: int
     dtype: str
     is_judged: bool
-    cache: Path
+    rows: Path
+    """Folder of finished rows, a folder each."""
     acceleration: Acceleration = PLAIN
     features: VideoFeatures | None = None
     """Of FVD; None: it is not measured."""
@@ -146,7 +147,7 @@ def run_row(model: Model, plan: Plan, task: Task, teacher_key: str | None, progr
         teacher_key: Key of the teacher's row, which clips are compared with; None for that row itself.
         progress: Where to show a bar.
     """
-    folder = task.cache / row_key(model, plan, task, teacher_key)
+    folder = task.rows / row_key(model, plan, task, teacher_key)
     folder.mkdir(exist_ok=True)
     missing = [batch for batch in task.batches() if not is_whole(folder / file_name(batch))]
     bar = progress.add_task(plan.name, total=len(missing) * plan.num_steps)
@@ -156,7 +157,7 @@ def run_row(model: Model, plan: Plan, task: Task, teacher_key: str | None, progr
         sample_batch(model, replace(plan, num_steps=warm_up), task, missing[0])
     for batch in missing:
         clips = sample_batch(model, plan, task, batch, on_step=lambda _: progress.advance(bar))
-        teacher = None if teacher_key is None else task.cache / teacher_key / file_name(batch)
+        teacher = None if teacher_key is None else task.rows / teacher_key / file_name(batch)
         write_batch(folder / file_name(batch), task, batch, clips, teacher, keep_wrong=not plan.is_teacher)
     return read_row([folder / file_name(batch) for batch in task.batches()])
 
