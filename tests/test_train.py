@@ -18,7 +18,7 @@ def tiny_config(out: Path) -> train.TrainConfig:
         out=out,
         vae_iterations=3,
         vae_batch_size=1,
-        denoiser_iterations=9,
+        denoiser_iterations=5,
         refine_iterations=3,
         refine_batch_size=1,
         denoiser_batch_size=2,
