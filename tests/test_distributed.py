@@ -21,22 +21,8 @@ from accvideo.data.dataset import TrajectoryFolder
 from accvideo.distill import DistillConfig, distill
 from accvideo.student import load_student
 from accvideo.training.checkpoint import Checkpoints, checkpoints, read_metrics
-from accvideo.training.distributed import (
-    average_gradients,
-    first_ranks,
-    gather,
-    gathered,
-    joined_ranks,
-    mean,
-    num_ranks,
-    own_parts,
-    own_pieces,
-    rank,
-    sharder,
-    spread_as,
-    total,
-    whole,
-)
+from accvideo.training.distributed import first_ranks, gather, joined_ranks, mean, num_ranks, own_parts, rank, total
+from accvideo.training.sharding import average_gradients, gathered, own_pieces, sharder, spread_as, whole
 from accvideo.training.steps import Rollouts, accumulate, gradient, update
 from accvideo.trajectory import TrajectoryBatch
 from accvideo.types import UserError

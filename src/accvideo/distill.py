@@ -20,17 +20,7 @@ from accvideo.student import save_student
 from accvideo.training.checkpoint import Checkpoints
 from accvideo.training.consistency import consistency_lesson
 from accvideo.training.correction import correction_lesson
-from accvideo.training.distributed import (
-    first_ranks,
-    gather,
-    gathered,
-    joined_ranks,
-    mean,
-    num_ranks,
-    rank,
-    total,
-    wait_for_all,
-)
+from accvideo.training.distributed import first_ranks, gather, joined_ranks, mean, num_ranks, rank, total, wait_for_all
 from accvideo.training.health import sample_health
 from accvideo.training.journal import last_count, last_validation, logged
 from accvideo.training.recipe import (
@@ -42,6 +32,7 @@ from accvideo.training.recipe import (
     rows_of_part,
     settings,
 )
+from accvideo.training.sharding import gathered
 from accvideo.training.start import check_start, load_denoisers, start_training
 from accvideo.training.steps import (
     Batches,

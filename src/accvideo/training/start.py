@@ -22,8 +22,9 @@ from accvideo.inference.model import student_folder
 from accvideo.inference.student_config import read_student_config
 from accvideo.student import Student, saved_weights
 from accvideo.teacher import fingerprint, teacher_path
-from accvideo.training.distributed import num_ranks, sharder, spread_as
+from accvideo.training.distributed import num_ranks
 from accvideo.training.recipe import DistillConfig
+from accvideo.training.sharding import sharder, spread_as
 from accvideo.training.steps import Rollouts, Training, set_weights
 from accvideo.trajectory import TrajectoryBatch
 from accvideo.types import Sigmas, UserError

@@ -21,7 +21,8 @@ from accvideo.inference.schedulers import told_timestep
 from accvideo.losses import trajectory_loss
 from accvideo.student import Student
 from accvideo.training.checkpoint import Checkpoint, Checkpoints, optimizer_tensors, restore_optimizer
-from accvideo.training.distributed import average_gradients, own_parts, own_pieces, spread_as, whole
+from accvideo.training.distributed import own_parts
+from accvideo.training.sharding import average_gradients, own_pieces, spread_as, whole
 from accvideo.trajectory import TrajectoryBatch
 from accvideo.types import Latents, PerSample, Sigmas
 
