@@ -9,11 +9,12 @@ from rich.progress import Progress
 
 from accvideo.analysis.baselines.dmd2 import fake_score_loss, student_loss
 from accvideo.analysis.baselines.perflow import solve, window_loss
-from accvideo.analysis.baselines.training import Budget, Recipe, train_baseline
+from accvideo.analysis.baselines.training import FACTORS, Budget, Recipe, train_baseline
 from accvideo.analysis.comparison import BaselinesConfig, baselines
 from accvideo.inference.student_config import read_student_config
 from accvideo.student import load_student
 from accvideo.teacher import denoisers, load_pipeline
+from accvideo.training.consistency import consistency_loss
 from accvideo.types import UserError
 from tests.gaussian import draws, gaussian_velocity, leading_to, scale
 from tests.recorded import PROMPTS, record_tiny
@@ -65,14 +66,15 @@ def test_distribution_matching_moves_a_student_to_its_teachers_mean():
     assert float(mean.detach()) == pytest.approx(1.5, abs=0.02)
 
 
-@pytest.mark.parametrize("method", ["perflow", "dmd2"])
+@pytest.mark.parametrize("method", ["perflow", "dmd2", "consistency_both"])
 def test_a_baseline_spends_its_budget_and_saves_a_student(method: Any, tmp_path: Path):
     folder = record_tiny(tmp_path)
     recording = 6 * 20
-    cost = 2 * 2 + 3  # two steps of two calls, the student
+    # Two steps of two calls, the student; or one step of the teacher, the target, the student.
+    cost = 2 * 2 + 3 if method == "perflow" else 2 + 1 + 3
     recipe = Recipe(method=method, learning_rate=1e-3, budget=recording + 40, batch_size=2, fake_updates=1)
     spent = train_baseline(recipe, str(tmp_path / "data"), tmp_path / "student", Progress(disable=True))
-    if method == "perflow":
+    if method != "dmd2":
         assert spent["num_iterations"] == math.ceil(40 / (2 * cost))
         assert spent["evaluations"] == recording + spent["num_iterations"] * 2 * cost
     else:
@@ -90,6 +92,35 @@ def test_a_baseline_spends_its_budget_and_saves_a_student(method: Any, tmp_path:
         name for name, w in denoisers(pipeline)["transformer"].state_dict().items() if (w != teacher[name]).any()
     ]
     assert changed
+
+
+@pytest.mark.parametrize("method", FACTORS)
+def test_consistency_lacks_the_factor_it_is_named_for(method: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its noise is the recorded one or none of it, its levels the key point's or all of the teacher's in the step."""
+    folder, seen = record_tiny(tmp_path), []
+
+    def watched(student: Any, teacher: Any, video: Any, noise: Any, *levels: Any, end: float) -> Any:
+        seen.append((video, noise, *levels, end))
+        return consistency_loss(student, teacher, video, noise, *levels, end=end)
+
+    monkeypatch.setattr("accvideo.analysis.baselines.training.consistency_loss", watched)
+    recipe = Recipe(method=method, learning_rate=1e-3, budget=6 * 20 + 300, batch_size=3)
+    train_baseline(recipe, str(tmp_path / "data"), tmp_path / "student", Progress(disable=True))
+    fresh_noise, all_levels = FACTORS[method]
+    videos = torch.stack([folder[number].states[-1] for number in range(6)])
+    noises = torch.stack([folder[number].states[0] for number in range(6)])
+    manifest = folder.manifest
+    steps, keys = manifest.num_steps // manifest.num_student_steps, manifest.key_sigmas.tolist()
+    places = set()
+    for number, (video, noise, sigma, next_sigma, end) in enumerate(seen):
+        keypoint = number % 5
+        rows = [int((videos == each).flatten(1).all(1).nonzero()[0]) for each in video]
+        assert all(torch.equal(noise[i], noises[row]) != fresh_noise for i, row in enumerate(rows))
+        levels = torch.tensor(manifest.sigmas[keypoint * steps : (keypoint + 1) * steps + 1])
+        place = [int((levels == each).nonzero()[0]) for each in sigma]
+        assert torch.equal(next_sigma, levels[[each + 1 for each in place]]) and end == keys[keypoint + 1]
+        places |= set(place)
+    assert len(seen) >= 5 and places == (set(range(steps)) if all_levels else {0})
 
 
 def test_a_budget_counts_samples():

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from accvideo.analysis.baselines.training import Recipe, train_baseline
+from accvideo.analysis.baselines.training import Baseline, Recipe, train_baseline
 from accvideo.analysis.budget import CONSISTENT, JUDGED, PAIRED
 from accvideo.analysis.figure import markdown_table
 from accvideo.analysis.folder import open_analysis, origin, settings_of, write_results
@@ -20,7 +20,7 @@ from accvideo.inference.student_config import read_student_config
 from accvideo.training.recipe import DistillConfig, fast_precision
 from accvideo.types import UserError
 
-Method = Literal["trajectory", "accvideo", "perflow", "consistency", "dmd2"]
+Method = Literal["trajectory", "accvideo", "consistency"] | Baseline
 METHODS: tuple[Method, ...] = ("trajectory", "accvideo", "perflow", "consistency", "dmd2")
 
 ADVERSARIAL_START = 0.6
@@ -42,7 +42,8 @@ class BaselinesConfig:
     budget: int
     """Denoiser evaluations for each student, for one sample each: forward 1, backward 2; the recording counts."""
     methods: tuple[Method, ...] = METHODS
-    """What to compare. "trajectory" is AccVideo without its adversarial half."""
+    """What to compare. "trajectory" is AccVideo without its adversarial half. Three that are not by default ask why
+    consistency differs from it: from recorded noise instead of fresh, at key points' levels alone, and both."""
     num_seeds: int = 3
     """Students of each method."""
     learning_rates: tuple[float, ...] = (5e-5, 2e-4, 8e-4)

@@ -1,7 +1,7 @@
 """Trains a student by a method that is not AccVideo's, on the same data set, within a budget of evaluations."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,12 +24,21 @@ from accvideo.flow import euler_step, noised
 from accvideo.inference.student_config import student_config
 from accvideo.losses import cross_entropy_head_loss
 from accvideo.student import Student, save_student
+from accvideo.training.consistency import consistency_loss, teacher_levels
 from accvideo.training.guidance import Field, GuidedTeacher, at_level, find_practice
 from accvideo.training.start import arithmetic, load_denoisers
 from accvideo.trajectory import TrajectoryBatch
 from accvideo.types import Latents, UserError
 
-Baseline = Literal["perflow", "dmd2"]
+Baseline = Literal["perflow", "dmd2", "consistency_recorded", "consistency_keypoints", "consistency_both"]
+
+FACTORS: dict[Baseline, tuple[bool, bool]] = {
+    "consistency_recorded": (False, True),
+    "consistency_keypoints": (True, False),
+    "consistency_both": (False, False),
+}
+"""Consistency without one or both of what sets it apart from the trajectory loss, beside its target: whether noise is
+drawn anew, and whether all of the teacher's levels within a step are trained at or the key point alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +90,8 @@ class Setting:
     student: Student
     optimizer: AdamW
     teacher: GuidedTeacher
+    levels: Sequence[Sequence[float]]
+    """Noise levels of the teacher's steps, from each key point to the next."""
     generator: torch.Generator
     budget: Budget
 
@@ -124,7 +135,8 @@ def train_baseline(recipe: Recipe, data: str, out: Path, progress: Progress) -> 
     """
     folder = TrajectoryFolder(data)
     setting = start(recipe, folder)
-    make = {"perflow": perflow, "dmd2": dmd2}[recipe.method]
+    makers = {"perflow": perflow, "dmd2": dmd2}
+    make = makers.get(recipe.method, consistency)
     batches = folder.batches(recipe.batch_size, recipe.seed)
     first = to_device(next(batches), recipe.device)
     with torch.random.fork_rng():
@@ -151,11 +163,15 @@ def start(recipe: Recipe, folder: TrajectoryFolder) -> Setting:
         raise UserError(f"the noise levels of {manifest.teacher} rise from noise to video; baselines know falling ones")
     student = make_student(recipe, manifest, keep_teacher=True)
     budget = Budget(manifest.denoiser_calls * len(folder))
-    guidance = find_practice(manifest, folder[0], device=recipe.device).guidance
-    teacher = GuidedTeacher(student, manifest.key_sigmas, guidance and guidance.to(recipe.device))
+    practice = find_practice(manifest, folder[0], device=recipe.device)
+    teacher = GuidedTeacher(student, manifest.key_sigmas, practice.guidance and practice.guidance.to(recipe.device))
+    levels = [
+        [*(level for level, _ in starts), float(end)]
+        for starts, end in zip(teacher_levels(manifest, practice.denoisers), manifest.key_sigmas[1:], strict=True)
+    ]
     optimizer = AdamW(student.trained().values(), lr=recipe.learning_rate, weight_decay=0.0)
     generator = torch.Generator().manual_seed(recipe.seed)
-    return Setting(recipe, manifest, student, optimizer, teacher, generator, budget)
+    return Setting(recipe, manifest, student, optimizer, teacher, levels, generator, budget)
 
 
 def make_student(recipe: Recipe, manifest: Manifest, keep_teacher: bool) -> Student:
@@ -190,6 +206,29 @@ def perflow(setting: Setting, first: TrajectoryBatch) -> Update:
         levels = sigmas[points[keypoint] : points[keypoint + 1] + 1].to(video.device)
         fields = setting.field(batch, keypoint), setting.teacher_field(batch, keypoint)
         loss = window_loss(*fields, video, setting.noise(video), levels)
+        return step(setting.optimizer, loss.mean())
+
+    return update
+
+
+def consistency(setting: Setting, first: TrajectoryBatch) -> Update:
+    """The loss of `distill --loss consistency`, one step an iteration, without one or both of the `FACTORS`."""
+    fresh_noise, all_levels = FACTORS[setting.recipe.method]
+
+    def update(iteration: int, batch: TrajectoryBatch) -> Tensor:
+        keypoint = iteration % setting.manifest.num_student_steps
+        video, recorded = batch.states[:, -1], batch.states[:, 0]
+        levels = torch.tensor(setting.levels[keypoint])
+        place = torch.randint(len(levels) - 1 if all_levels else 1, (len(video),), generator=setting.generator)
+        loss = consistency_loss(
+            setting.field(batch, keypoint),
+            setting.teacher_field(batch, keypoint),
+            video,
+            setting.noise(video) if fresh_noise else recorded,
+            levels[place].to(video.device),
+            levels[place + 1].to(video.device),
+            end=float(levels[-1]),
+        )
         return step(setting.optimizer, loss.mean())
 
     return update
