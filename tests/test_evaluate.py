@@ -197,7 +197,8 @@ def test_evaluations_that_share_rows_make_them_once(run: tuple[EvaluateConfig, d
     assert again["rows"] == report["rows"] and f"--rows {other.rows}" in again["command"]
     assert sorted((config.out / "cache").glob("*/*.safetensors")) == files
     assert [path.stat().st_mtime_ns for path in files] == times
-    assert (other.out / "index.html").exists() and not list((other.out / "cache").iterdir())
+    assert "their seconds" in (other.out / "index.html").read_text() and not list((other.out / "cache").iterdir())
+    assert "their seconds" not in (config.out / "index.html").read_text()
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="another --rows"):
         evaluate(replace(config, out=tmp_path / "third", rows=tmp_path / "file"))

@@ -145,6 +145,11 @@ def write_rows(
     if suite is not None:
         report["vbench"] = describe_vbench(config.out / "vbench", suite, vbench_models(config))
         report["limits"] += report["vbench"].pop("limits")
+    if config.rows is not None:
+        report["limits"].append(
+            "Rows may have been made for another evaluation (--rows), perhaps on another device: their seconds, and the "
+            "speed-up, are of then."
+        )
     write_whole(config.out / "report.json", json.dumps(report, indent=2).encode() + b"\n")
     shown, failures = choose_clips(task, data)
     write_report(config.out, report, shown, failures, training_log(folder), student.fps)
