@@ -147,8 +147,8 @@ def write_rows(
         report["limits"] += report["vbench"].pop("limits")
     if config.rows is not None:
         report["limits"].append(
-            "Rows may have been made for another evaluation (--rows), perhaps on another device: their seconds, and the "
-            "speed-up, are of then."
+            "Rows may have been made for another evaluation (--rows), perhaps on another device: their seconds, and "
+            "the speed-up, are of then."
         )
     write_whole(config.out / "report.json", json.dumps(report, indent=2).encode() + b"\n")
     shown, failures = choose_clips(task, data)
