@@ -18,7 +18,7 @@ from accvideo.analysis.line import (
     trajectories,
     useless_share,
 )
-from accvideo.analysis.networks import Norm, VelocityNetworks, generator
+from accvideo.analysis.networks import Norm, Normalized, VelocityNetworks, generator
 from accvideo.analysis.toy import PAPER_SHARES, ToyConfig, toy
 from accvideo.analysis.toy_training import (
     Study,
@@ -88,6 +88,16 @@ def test_norm_is_batch_normalization():
     torch.testing.assert_close(own.running_variance[1, 0], reference.running_var, atol=2e-3, rtol=2e-3)
     own.eval(), reference.eval()
     torch.testing.assert_close(own(hidden)[1], reference(hidden[1]), atol=2e-3, rtol=2e-3)
+
+
+def test_the_gradient_of_a_norm_is_that_of_its_definition():
+    draws = [
+        torch.randn(shape, generator=generator(0, "gradient", i))
+        for i, shape in enumerate([(2, 9, 3), *[(2, 1, 3)] * 2])
+    ]
+    assert torch.autograd.gradcheck(
+        lambda *arguments: Normalized.apply(*arguments)[0], [draw.double().requires_grad_() for draw in draws]
+    )
 
 
 def test_a_seed_does_not_depend_on_the_others(tmp_path: Path):
