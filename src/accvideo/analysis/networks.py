@@ -128,7 +128,11 @@ class VelocityNetworks(nn.Module):
 
     def forward(self, x: Points, sigma: Points | float) -> Points:
         """Velocities at points `x` and noise levels `sigma`."""
-        return self.leave(self.features(x, sigma)[-1])[..., 0]
+        return self.velocity(self.features(x, sigma))
+
+    def velocity(self, features: list[Tensor]) -> Points:
+        """The velocities that follow from features."""
+        return self.leave(features[-1])[..., 0]
 
     def features(self, x: Points, sigma: Points | float) -> list[Tensor]:
         """What each residual block puts out: `[networks, samples, width]`."""
