@@ -123,6 +123,7 @@ def execute(command: str, arguments: list[str]) -> dict[str, Any]:
     """Parse the options of a command and run it; returns its summary."""
     import tyro
 
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # What is said while torchao, where it is installed, is imported, whether it is asked for or not.
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     for library in ("torch.utils._pytree", "torchao"):
@@ -180,7 +181,6 @@ def option_value(arguments: list[str], option: str, default: str) -> str:
 
 def quiet_libraries() -> None:
     """Silence what diffusers and transformers print while they load models; accvideo shows its own progress."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # torch says so of every mixed-precision norm; it only means that it is not the fused one.
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     import diffusers
