@@ -135,8 +135,7 @@ def train_baseline(recipe: Recipe, data: str, out: Path, progress: Progress) -> 
     """
     folder = TrajectoryFolder(data)
     setting = start(recipe, folder)
-    makers = {"perflow": perflow, "dmd2": dmd2}
-    make = makers.get(recipe.method, consistency)
+    make = {"perflow": perflow, "dmd2": dmd2, **dict.fromkeys(FACTORS, consistency)}[recipe.method]
     batches = folder.batches(recipe.batch_size, recipe.seed)
     first = to_device(next(batches), recipe.device)
     with torch.random.fork_rng():
