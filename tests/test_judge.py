@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from accvideo.playground import world
-from accvideo.playground.judge import Verdicts, diversity_distance, judge
+from accvideo.playground.judge import Verdicts, diversity_distance, diversity_of_samples, judge
 from accvideo.playground.world import COLORS, MOTIONS, PATTERNS, SHAPES, Requests, Scenes
 
 PROPERTIES = ("shape", "color", "background", "motion", "count")
@@ -330,3 +330,19 @@ def test_diversity_distance_without_objects_is_large():
     scenes = world.scenes_of(world.sample_prompts(10, seed=9), seed=9)
     nothing = replace(scenes.requests, count=torch.zeros(10, dtype=torch.long))
     assert diversity_distance(verdicts_of(replace(scenes, requests=nothing))) == 1.0
+
+
+def test_diversity_of_samples_is_that_of_the_clips_taken():
+    """Every third clip has no object and has no say; of the others every second one stands in the middle."""
+    scenes = world.scenes_of(world.sample_prompts(600, seed=8), seed=8)
+    objects, count, number = scenes.objects.clone(), scenes.requests.count.clone(), torch.arange(600)
+    middle, empty = number % 2 == 0, number % 3 == 0
+    objects[middle, :, :2] = objects[..., :2].mean((0, 1))
+    count[empty] = 0
+    verdicts = verdicts_of(replace(scenes, objects=objects, requests=replace(scenes.requests, count=count)))
+    distance = diversity_of_samples(verdicts)
+    assert distance(number) == diversity_distance(verdicts)
+    assert distance(number.flip(0)) == distance(number) == distance(number[~empty])
+    assert distance(number[~middle]) < 0.13
+    assert distance(number[middle]) > distance(number[~middle]) + 0.1
+    assert distance(number[empty]) == 1.0

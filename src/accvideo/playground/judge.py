@@ -5,7 +5,7 @@ them and compared with the clip, and what was found is compared with the caption
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import permutations
 
@@ -151,30 +151,48 @@ def diversity_distance(verdicts: Verdicts) -> float:
     deviations of the world's draws for its own request, and cut off at 3 of them. About 0.06 for 500 of the world's own
     clips, 0.03 for 2,000; more where diversity is lost. A number of which there is no sample counts 1.
     """
-    rows = (verdicts.scenes.requests.count > 0).nonzero()[:, 0]
-    if len(rows) == 0:
-        return 1.0
-    found = verdicts.scenes[rows]
+    return diversity_of_samples(verdicts)(torch.arange(len(verdicts.count)))
+
+
+def diversity_of_samples(verdicts: Verdicts) -> Callable[[Int[Tensor, " sample"]], float]:
+    """`diversity_distance` as a function of which of the clips are taken, each as often as it is named.
+
+    The world is asked once, here: a clip brings its own draws along wherever it is taken.
+    """
+    is_asked = verdicts.scenes.requests.count > 0
+    if not is_asked.any():
+        return lambda sample: 1.0
+    asked = is_asked.nonzero()[:, 0]
+    place = is_asked.cumsum(0) - 1
+    found = verdicts.scenes[asked]
     requests = replace(found.requests, count=found.requests.count.clamp(max=2))
     num_draws = 32  # half of them for means and deviations, half to compare with
     generator = torch.Generator().manual_seed(0)
-    repeated = requests[torch.arange(len(rows)).repeat_interleave(num_draws)]
-    uniforms = torch.rand(len(rows) * num_draws, world.NUM_CANDIDATES, world.NUM_UNIFORMS, generator=generator)
+    repeated = requests[torch.arange(len(asked)).repeat_interleave(num_draws)]
+    uniforms = torch.rand(len(asked) * num_draws, world.NUM_CANDIDATES, world.NUM_UNIFORMS, generator=generator)
     fresh = _free_numbers(world.place(repeated, uniforms))
-    distances = []
+    numbers = []
     for name, (value, means_something) in _free_numbers(Scenes(requests, found.objects, found.phase)).items():
-        drawn = fresh[name][0].unflatten(0, (len(rows), num_draws))
+        drawn = fresh[name][0].unflatten(0, (len(asked), num_draws))
         drawn, yardstick = drawn[:, : num_draws // 2], drawn[:, num_draws // 2 :]
         mean, spread = yardstick.mean(1), yardstick.std(1)
-        mask = means_something & (spread > 1e-6)
-        scaled = ((value - mean) / spread)[mask].clamp(-3, 3)
-        expected = ((drawn - mean[:, None]) / spread[:, None]).movedim(1, -1)[mask].flatten().clamp(-3, 3)
-        if len(scaled) == 0:
-            distances.append(1.0)
-            continue
-        at = (torch.arange(2000) + 0.5) / 2000
-        distances.append((_quantiles(scaled, at) - _quantiles(expected, at)).abs().mean().item())
-    return sum(distances) / len(distances)
+        scaled = ((value - mean) / spread).clamp(-3, 3)
+        expected = ((drawn - mean[:, None]) / spread[:, None]).movedim(1, -1).clamp(-3, 3)
+        numbers.append((scaled, expected, means_something & (spread > 1e-6)))
+
+    def distance(sample: Tensor) -> float:
+        rows = place[sample[is_asked[sample]]]
+        return sum(_distance(*(values[rows] for values in number)) for number in numbers) / len(numbers)
+
+    return distance
+
+
+def _distance(scaled: Tensor, expected: Tensor, mask: Tensor) -> float:
+    """1-D Wasserstein distance of one free number, where it means something, to the world's draws."""
+    if not mask.any():
+        return 1.0
+    at = (torch.arange(2000) + 0.5) / 2000
+    return (_quantiles(scaled[mask], at) - _quantiles(expected[mask].flatten(), at)).abs().mean().item()
 
 
 def _quantiles(values: Tensor, at: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from accvideo.metrics import (
     resampled,
     wilson_interval,
 )
-from accvideo.playground.judge import Verdicts, diversity_distance, judge
+from accvideo.playground.judge import Verdicts, diversity_of_samples, judge
 from accvideo.playground.world import Requests, Scenes
 from accvideo.reporting.fvd import VideoFeatures
 from accvideo.trajectory import write_whole
@@ -102,12 +102,8 @@ class RowData:
     @cached_property
     def diversity_distances(self) -> np.ndarray:
         """Of all clips, and of resamples: the same for all rows, that their differences are of the same clips."""
-
-        def distance(rows: np.ndarray) -> float:
-            indices = torch.from_numpy(rows)
-            return diversity_distance(restore_verdicts({name: value[indices] for name, value in self.values.items()}))
-
-        return resampled(len(self.values["flicker"]), distance)
+        distance = diversity_of_samples(restore_verdicts(self.values))
+        return resampled(len(self.values["flicker"]), lambda rows: distance(torch.from_numpy(rows)))
 
     def frames(self, index: int) -> Frames:
         """The frames of a clip that was kept."""
