@@ -55,8 +55,8 @@ def test_every_part_is_a_command_that_takes_its_arguments(
             and name not in ("toy", "solvers")
             and (name, field) != ("cost", "num_student_steps")
         ):
-            own = "num_step_seeds" if (name, field) == ("steps", "num_seeds") else field
-            assert getattr(seen[0], field) == getattr(sizes, own), field
+            own = {("steps", "num_seeds"): "num_step_seeds", ("baselines", "num_student_steps"): "method_steps"}
+            assert getattr(seen[0], field) == getattr(sizes, own.get((name, field), field)), field
 
 
 def test_work_adds_up():
@@ -90,6 +90,7 @@ def test_students_of_the_best_learning_rate_are_not_trained_twice():
     one, two = (
         baselines_part(Sizes(num_seeds=3, learning_rates=rates), PLACE).work for rates in ((1e-4,), (1e-4, 2e-4))
     )
+    assert one.trained == 5 * 3 * 3 * Sizes().training_budget  # methods, numbers of steps, seeds
     # One more student a method, and both tried, beside the teacher at 50 steps and in four ways at 5.
     assert two.trained - one.trained == 5 * Sizes().training_budget
     assert two.sampled - one.sampled == 5 * 2 * 100 * 5 + 100 * (100 + 10 + 5 + 4 + 10)

@@ -138,28 +138,36 @@ def test_what_is_missing_is_said_before_students_are_trained(tmp_path: Path):
 
 @pytest.mark.slow
 def test_methods_are_compared_at_an_equal_budget(tmp_path: Path):
-    record_tiny(tmp_path)
+    folder = record_tiny(tmp_path)
     (tmp_path / "test.txt").write_text("\n".join(PROMPTS[:2]))
     config = BaselinesConfig(
         data=str(tmp_path / "data"), out=tmp_path / "out", budget=120 + 1600,
-        methods=("trajectory", "perflow", "consistency"), num_seeds=2,
+        methods=("trajectory", "perflow", "consistency"), num_seeds=2, num_student_steps=(5, 2),
         learning_rates=(1e-4, 1e-3), num_prompts=2, num_trial_prompts=1, prompts=tmp_path / "test.txt",
     )  # fmt: skip
     results = baselines(config)
     names = [row["name"] for row in results["rows"]]
-    assert names[-3:] == ["trajectory", "perflow", "consistency"] and "teacher_unipc" in names
+    assert names[-3:] == ["trajectory", "perflow", "consistency"] and names.count("teacher_unipc") == 2
+    assert names.count("teacher") == 1
     assert [(each["method"], each["learning_rate"]) for each in results["trials"]] == [
         (method, rate) for method in ("trajectory", "perflow", "consistency") for rate in (1e-4, 1e-3)
     ]
     # Three evaluations a sample of the trajectory loss; PeRFlow stops with the update that spends the last of it.
-    assert results["evaluations"]["trajectory"] == 120 + 16 * 3 * round(1600 / (16 * 3))
-    assert 1720 <= results["evaluations"]["perflow"] < 1720 + 16 * 7
-    by_name = {row["name"]: row for row in results["rows"]}
-    assert len(by_name["perflow"]["metrics"]["latent_mse"]) == 2
-    assert by_name["perflow"]["denoiser_calls"] == 5 and by_name["teacher_unipc"]["num_steps"] == 5
+    by_place = {(row["name"], row["num_student_steps"]): row for row in results["rows"]}
+    for number in (5, 2):
+        assert results["evaluations"]["trajectory"][number] == 120 + 16 * 3 * round(1600 / (16 * 3))
+        assert 1720 <= results["evaluations"]["perflow"][number] < 1720 + 16 * (2 * 10 // number + 3)
+        row = by_place["perflow", number]
+        assert len(row["metrics"]["latent_mse"]) == 2 and row["denoiser_calls"] == number
+        assert by_place["teacher_unipc", number]["num_steps"] == number
+    assert by_place["perflow", 5]["metrics"] != by_place["perflow", 2]["metrics"]
+    sigmas = folder.manifest.sigmas
+    for method in config.methods:
+        student = tmp_path / "out/cache" / f"{method}-2-{results['learning_rates'][method]:g}-1"
+        assert read_student_config(student).sigmas == pytest.approx([sigmas[0], sigmas[4], sigmas[10]])
     for method, cost in (("trajectory", 3), ("consistency", 2 + 1 + 3)):  # the teacher's step, the target, the student
         rate = results["learning_rates"][method]
-        recipe = read_student_config(tmp_path / "out" / "cache" / f"{method}-{rate:g}-0").recipe
+        recipe = read_student_config(tmp_path / "out" / "cache" / f"{method}-5-{rate:g}-0").recipe
         assert (recipe["loss"] == "consistency") == (method == "consistency")
         assert recipe["num_iterations"] == round(1600 / (16 * cost))
     assert baselines(config)["rows"] == results["rows"]

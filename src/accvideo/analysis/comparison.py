@@ -1,6 +1,6 @@
 """AccVideo beside other methods of distillation: the same data set, the same number of denoiser evaluations."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,19 +9,32 @@ from tyro.conf import Positional
 
 from accvideo.analysis.baselines.training import Baseline, Recipe, train_baseline
 from accvideo.analysis.budget import CONSISTENT, JUDGED, PAIRED
-from accvideo.analysis.figure import markdown_table
+from accvideo.analysis.figure import figure, markdown_table, whisker_ticks
 from accvideo.analysis.folder import open_analysis, origin, settings_of, write_results
-from accvideo.analysis.students import Evaluation, evaluate_kinds, metric_figure, metric_table
+from accvideo.analysis.keypoints import write_part
+from accvideo.analysis.students import (
+    Evaluation,
+    curves_of,
+    curves_panel,
+    evaluate_kinds,
+    metric_figure,
+    metric_table,
+)
 from accvideo.command import choose_device, progress_bar
 from accvideo.data.dataset import TrajectoryFolder
-from accvideo.data.manifest import Manifest
+from accvideo.data.manifest import MANIFEST, Manifest
 from accvideo.distill import distill
+from accvideo.flow import even_grid
 from accvideo.inference.student_config import read_student_config
+from accvideo.reporting.wording import METRICS
 from accvideo.training.recipe import DistillConfig, fast_precision
 from accvideo.types import UserError
 
 Method = Literal["trajectory", "accvideo", "consistency"] | Baseline
 METHODS: tuple[Method, ...] = ("trajectory", "accvideo", "perflow", "consistency", "dmd2")
+
+WHOLE_TEACHER = "teacher"
+"""The row of the teacher at all its steps, as `accvideo evaluate` names it."""
 
 ADVERSARIAL_START = 0.6
 """Share of the iterations of AccVideo's before the adversarial half, as in the preset `playground`."""
@@ -32,7 +45,8 @@ class BaselinesConfig:
     """Trains students by AccVideo and by other methods with equal budgets, and evaluates them side by side.
 
     Each method is tried with all learning rates on the first seed, on prompts of their own; the best one is used for
-    all seeds. Finished students and rows are kept: the same command goes on where a killed run stopped.
+    all seeds and numbers of steps. Finished students and rows are kept: the same command goes on where a killed run
+    stopped.
     """
 
     data: Positional[str]
@@ -44,10 +58,12 @@ class BaselinesConfig:
     methods: tuple[Method, ...] = METHODS
     """What to compare. "trajectory" is AccVideo without its adversarial half. Three that are not by default ask why
     consistency differs from it: from recorded noise instead of fresh, at key points' levels alone, and both."""
+    num_student_steps: tuple[int, ...] = ()
+    """Numbers of steps K, for each those of the recorded states that lie evenly; none: as recorded."""
     num_seeds: int = 3
-    """Students of each method."""
+    """Students of each method and number of steps."""
     learning_rates: tuple[float, ...] = (5e-5, 2e-4, 8e-4)
-    """Tried for each method."""
+    """Tried for each method, at the first number of steps."""
     batch_size: int = 16
     """Trajectories an iteration."""
     num_prompts: int = 500
@@ -67,6 +83,8 @@ class BaselinesConfig:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if not self.methods or not self.learning_rates:
             raise UserError("methods and learning_rates need at least one entry each")
+        if len(set(self.num_student_steps)) < len(self.num_student_steps):
+            raise UserError(f"num_student_steps is {self.num_student_steps}; give each number once")
 
 
 @dataclass(frozen=True)
@@ -74,13 +92,14 @@ class Run:
     """One student to train."""
 
     method: Method
+    num_steps: int
     learning_rate: float
     seed: int
 
     @property
     def name(self) -> str:
         """Its folder."""
-        return f"{self.method}-{self.learning_rate:g}-{self.seed}"
+        return f"{self.method}-{self.num_steps}-{self.learning_rate:g}-{self.seed}"
 
 
 def baselines(config: BaselinesConfig) -> dict[str, Any]:
@@ -90,31 +109,58 @@ def baselines(config: BaselinesConfig) -> dict[str, Any]:
         UserError: the budget does not go beyond the recording, or whatever distillation and evaluation refuse.
     """
     folder = TrajectoryFolder(config.data)
-    check_budget(config, folder.manifest, len(folder))
+    recorded = folder.manifest.num_student_steps
+    grids = [even_grid(recorded, number) for number in config.num_student_steps or (recorded,)]
+    check_budget(config, folder)
     evaluation(config, Path(), config.num_prompts, seed=0).check_prompts(folder.manifest.teacher)
     settings = settings_of(config)
     cache = open_analysis(config.out, settings)
-    trials, best = choose_rates(config, cache, folder.manifest, len(folder))
-    kinds: dict[str, list[Path]] = {}
-    for method in config.methods:
-        runs = [Run(method, best[method], seed) for seed in range(config.num_seeds)]
-        kinds[method] = [train(config, run, cache, folder.manifest, len(folder)) for run in runs]
-    rows = evaluate_kinds(kinds, evaluation(config, cache / "report", config.num_prompts, seed=0))
+    folders = {len(grid) - 1: part_of(folder, grid, cache) for grid in grids}
+    first = next(iter(folders))
+    trials, best = choose_rates(config, cache, first, folders[first])
+    rows, spent = [], {method: {} for method in config.methods}
+    for number, part in folders.items():
+        kinds = {
+            method: [
+                train(config, Run(method, number, best[method], seed), cache, part) for seed in range(config.num_seeds)
+            ]
+            for method in config.methods
+        }
+        found = evaluate_kinds(kinds, evaluation(config, cache / f"report-{number}", config.num_prompts, seed=0))
+        # The teacher at all its steps stands beside each number; once is enough.
+        rows += [
+            row | {"num_student_steps": number} for row in found if number == first or row["name"] != WHOLE_TEACHER
+        ]
+        for method, students in kinds.items():
+            spent[method][number] = spent_evaluations(students[0], part)
     results = {
         "command": f"accvideo analyze baselines {config.data} --out DIR --budget {config.budget}",
         **origin(choose_device(config.device)),
         "settings": settings,
         "teacher": folder.manifest.teacher,
         "num_trajectories": len(folder),
-        "recording": folder.manifest.denoiser_calls * len(folder),
+        "recording": recording_of(folder),
         "learning_rates": best,
-        "evaluations": {
-            method: spent_evaluations(runs[0], folder.manifest, len(folder)) for method, runs in kinds.items()
-        },
+        "evaluations": spent,
         "trials": trials,
         "rows": rows,
     }
-    return write_results(config.out, "baselines", results, baselines_table(results), metric_figure(rows))
+    return write_results(config.out, "baselines", results, baselines_table(results), baselines_figure(results))
+
+
+def part_of(folder: TrajectoryFolder, points: Sequence[int], cache: Path) -> TrajectoryFolder:
+    """The data set with these of its key points alone, written to the cache unless they are all that there are."""
+    if len(points) - 1 == folder.manifest.num_student_steps:
+        return folder
+    out = cache / f"data-{len(points) - 1}"
+    if not (out / MANIFEST).exists():
+        write_part(folder, points, out)
+    return TrajectoryFolder(out)
+
+
+def recording_of(folder: TrajectoryFolder) -> int:
+    """Denoiser evaluations that the recording took."""
+    return folder.manifest.denoiser_calls * len(folder)
 
 
 def evaluation(config: BaselinesConfig, out: Path, num_prompts: int, seed: int) -> Evaluation:
@@ -124,20 +170,19 @@ def evaluation(config: BaselinesConfig, out: Path, num_prompts: int, seed: int) 
     )
 
 
-def check_budget(config: BaselinesConfig, manifest: Manifest, num_trajectories: int) -> None:
+def check_budget(config: BaselinesConfig, folder: TrajectoryFolder) -> None:
     """Refuses a budget that the recording alone spends.
 
     Raises:
         UserError: as said.
     """
-    recording = manifest.denoiser_calls * num_trajectories
-    least = recording + 100 * config.batch_size
+    least = recording_of(folder) + 100 * config.batch_size
     if config.budget < least:
-        raise UserError(f"budget is {config.budget}; recording alone took {recording}, the least is {least}")
+        raise UserError(f"budget is {config.budget}; recording alone took {recording_of(folder)}, the least is {least}")
 
 
 def choose_rates(
-    config: BaselinesConfig, cache: Path, manifest: Manifest, num_trajectories: int
+    config: BaselinesConfig, cache: Path, num_steps: int, folder: TrajectoryFolder
 ) -> tuple[list[dict[str, Any]], dict[Method, float]]:
     """The trials, with what each led to, and the best learning rate of each method.
 
@@ -145,8 +190,8 @@ def choose_rates(
     """
     if len(config.learning_rates) == 1:
         return [], dict.fromkeys(config.methods, config.learning_rates[0])
-    runs = [Run(method, rate, 0) for method in config.methods for rate in config.learning_rates]
-    kinds = {run.name: [train(config, run, cache, manifest, num_trajectories)] for run in runs}
+    runs = [Run(method, num_steps, rate, 0) for method in config.methods for rate in config.learning_rates]
+    kinds = {run.name: [train(config, run, cache, folder)] for run in runs}
     rows = evaluate_kinds(kinds, evaluation(config, cache / "trials", config.num_trial_prompts, seed=1))
     metrics = {row["name"]: row["metrics"] for row in rows}
 
@@ -161,19 +206,19 @@ def choose_rates(
     return trials, best
 
 
-def train(config: BaselinesConfig, run: Run, cache: Path, manifest: Manifest, num_trajectories: int) -> Path:
-    """Train a student, unless it is there already; its folder."""
+def train(config: BaselinesConfig, run: Run, cache: Path, folder: TrajectoryFolder) -> Path:
+    """Train a student of the key points of `folder`, unless it is there already; its own folder."""
     out, device = cache / run.name, choose_device(config.device)
     if (out / "student.json").exists():
         return out
     if run.method in ("trajectory", "accvideo", "consistency"):
-        left = config.budget - manifest.denoiser_calls * num_trajectories
+        left = config.budget - recording_of(folder)
         start = ADVERSARIAL_START if run.method == "accvideo" else 1.0
-        lesson = lesson_evaluations("consistency" if run.method == "consistency" else "trajectory", manifest)
+        lesson = lesson_evaluations("consistency" if run.method == "consistency" else "trajectory", folder.manifest)
         num_iterations = round(left / (config.batch_size * (lesson + (1 - start) * JUDGED)))
         distill(
             DistillConfig(
-                data=config.data,
+                data=str(folder.path),
                 out=out,
                 num_iterations=num_iterations,
                 batch_size=config.batch_size,
@@ -198,7 +243,7 @@ def train(config: BaselinesConfig, run: Run, cache: Path, manifest: Manifest, nu
         device=device,
     )
     with progress_bar() as progress:
-        train_baseline(recipe, config.data, out, progress)
+        train_baseline(recipe, str(folder.path), out, progress)
     return out
 
 
@@ -207,27 +252,45 @@ def lesson_evaluations(loss: str, manifest: Manifest) -> int:
     return CONSISTENT + manifest.denoiser_calls // manifest.num_steps if loss == "consistency" else PAIRED
 
 
-def spent_evaluations(student: Path, manifest: Manifest, num_trajectories: int) -> int:
+def spent_evaluations(student: Path, folder: TrajectoryFolder) -> int:
     """Evaluations that a finished student took, recording included: by its own account, or by its recipe."""
     recipe = read_student_config(student).recipe
     if "evaluations" in recipe:
         return recipe["evaluations"]
     judged = recipe["num_iterations"] - recipe["adversarial_start"] if recipe["adversarial_weight"] else 0
-    training = recipe["num_iterations"] * lesson_evaluations(recipe["loss"], manifest) + judged * JUDGED
-    return manifest.denoiser_calls * num_trajectories + recipe["batch_size"] * training
+    training = recipe["num_iterations"] * lesson_evaluations(recipe["loss"], folder.manifest) + judged * JUDGED
+    return recording_of(folder) + recipe["batch_size"] * training
 
 
 def baselines_table(results: Mapping[str, Any]) -> str:
     """All metrics of all rows, and the trials, in Markdown."""
     settings, spent = results["settings"], results["evaluations"]
     rates = {method: f"{rate:g}" for method, rate in results["learning_rates"].items()}
-    given = [[method, rates[method], f"{spent[method]:,}"] for method in spent]
+    given = [[method, rates[method], *(f"{each:,}" for each in spent[method].values())] for method in spent]
+    numbers = [f"denoiser evaluations, K = {number}" for number in next(iter(spent.values()))]
     text = (
         f"Mean and deviation of {settings['num_seeds']} students; {settings['budget']:,} denoiser evaluations each, of "
         f"which recording took {results['recording']:,}.\n\n{metric_table(results['rows'])}\n"
-        f"What each took:\n\n{markdown_table(['method', 'learning rate', 'denoiser evaluations'], given)}"
+        f"What each took:\n\n{markdown_table(['method', 'learning rate', *numbers], given)}"
     )
     trials = [[each["method"], f"{each['learning_rate']:g}", f"{each['score']:.4g}"] for each in results["trials"]]
     if trials:
         text += f"\nTrials, on other prompts:\n\n{markdown_table(['method', 'learning rate', 'score'], trials)}"
     return text
+
+
+def baselines_figure(results: Mapping[str, Any]) -> str:
+    """A line a row or, of several numbers of steps, each metric against them."""
+    rows = results["rows"]
+    if len({row["num_student_steps"] for row in rows}) == 1:
+        return metric_figure(rows)
+    shown = ["teacher_few", *results["learning_rates"]]
+    panels = []
+    for name in METRICS:
+        curves = curves_of(name, rows)
+        level = next(((WHOLE_TEACHER, values) for values in curves.get(WHOLE_TEACHER, {}).values()), None)
+        own = {kind: curves[kind] for kind in shown if kind in curves}
+        if own:
+            ticks = whisker_ticks([each for curve in own.values() for each in curve.values()])
+            panels.append(curves_panel(name, own, level, ticks, dodge=4))
+    return figure(panels)

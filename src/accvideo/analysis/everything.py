@@ -36,7 +36,7 @@ from accvideo.trajectory import write_whole
 from accvideo.types import UserError
 
 STUDENT_STEPS = 5
-"""Of the students that ablation and baselines compare."""
+"""Of the students that the ablation compares, and of those that other methods are tuned for."""
 
 ADVERSARIAL = 0.4
 """Share of the iterations in which the adversarial half takes part, as in the preset `playground`."""
@@ -89,6 +89,8 @@ class Sizes:
     figure_7: bool = False
     """Of the ablations, only the paper's own."""
     methods: tuple[str, ...] = METHODS
+    method_steps: tuple[int, ...] = (STUDENT_STEPS, 2, 8)
+    """Numbers of steps at which methods are compared; learning rates are tried at the first."""
     learning_rates: tuple[float, ...] = (5e-5, 2e-4, 8e-4)
     training_budget: int = 30_000
     """Denoiser evaluations of each student of the baselines, beside the recording's."""
@@ -124,6 +126,7 @@ SHORT = Sizes(
     num_trial_prompts=2,
     figure_7=True,
     methods=("trajectory", "dmd2"),
+    method_steps=(STUDENT_STEPS, 1),
     learning_rates=(2e-4,),
     training_budget=200,
     stretches=(0.0, 0.5),
@@ -226,15 +229,21 @@ def ablation_part(sizes: Sizes, place: Place) -> Part:
 def baselines_part(sizes: Sizes, place: Place) -> Part:
     """Other methods; what was tried with the best learning rate is used again."""
     num_tried = len(sizes.learning_rates) if len(sizes.learning_rates) > 1 else 0
-    trained = Work(trained=sizes.training_budget).times(max(num_tried, 1) + sizes.num_seeds - 1)
-    num_clips = sizes.num_seeds * sizes.num_prompts + num_tried * sizes.num_trial_prompts
-    work = (trained + Work(sampled=STUDENT_STEPS, clips=1).times(num_clips)).times(len(sizes.methods))
+    student = Work(trained=sizes.training_budget)
+    work = student.times(len(sizes.methods) * (max(num_tried, 1) - 1))
+    for number in sizes.method_steps:
+        clips = Work(sampled=number, clips=1).times(sizes.num_prompts)
+        work += (student + clips).times(len(sizes.methods) * sizes.num_seeds)
     if num_tried:
         trial = replace(sizes, num_prompts=sizes.num_trial_prompts)
         work += whole_teacher_work(trial) + teacher_work(trial, [STUDENT_STEPS])
+        work += Work(sampled=STUDENT_STEPS, clips=1).times(num_tried * trial.num_prompts * len(sizes.methods))
+    # At the first number the ablation has made the teacher's rows.
+    work += teacher_work(sizes, sizes.method_steps[1:])
     arguments = words(
-        place.cut,
+        place.data,
         "--budget", sizes.recording + sizes.training_budget,
+        "--num-student-steps", sizes.method_steps,
         "--methods", sizes.methods,
         "--learning-rates", sizes.learning_rates,
         "--num-seeds", sizes.num_seeds,
@@ -259,7 +268,7 @@ def steps_part(sizes: Sizes, place: Place) -> Part:
     return Part(
         [*arguments, *words("--baselines", found, "--rows", place.rows)],
         (trained + tested).times(sizes.num_seeds)
-        + teacher_work(sizes, [number for number in numbers if number != STUDENT_STEPS]),
+        + teacher_work(sizes, [number for number in numbers if number not in sizes.method_steps]),
     )
 
 

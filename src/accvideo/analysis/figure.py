@@ -84,9 +84,11 @@ def _rows_of_keys(keys: Sequence[tuple[str, str]]) -> list[list[tuple[str, str]]
     return rows
 
 
-def polyline(plot: Plot, points: Sequence[tuple[float, float]], tint: str, width: float = 2, opacity: float = 1) -> str:
-    """A line through points of a plot."""
-    places = " ".join(f"{plot.x(x):.1f},{plot.y(y):.1f}" for x, y in points)
+def polyline(
+    plot: Plot, points: Sequence[tuple[float, float]], tint: str, width: float = 2, opacity: float = 1, shift: float = 0
+) -> str:
+    """A line through points of a plot, `shift` units to the right."""
+    places = " ".join(f"{plot.x(x) + shift:.1f},{plot.y(y):.1f}" for x, y in points)
     return (
         f'<polyline fill="none" stroke="{tint}" stroke-width="{width}" stroke-opacity="{opacity}" '
         f'stroke-linejoin="round" points="{places}"/>'
@@ -121,7 +123,10 @@ def whisker_ticks(series: Iterable[Sequence[float]]) -> list[float]:
 
 
 def spread_curves(
-    plot: Plot, series: Mapping[str, Mapping[float, Sequence[float]]], tints: Sequence[str] | None = None
+    plot: Plot,
+    series: Mapping[str, Mapping[float, Sequence[float]]],
+    tints: Sequence[str] | None = None,
+    dodge: float = 0,
 ) -> str:
     """Curves of means with their spread.
 
@@ -129,13 +134,14 @@ def spread_curves(
         plot: where they are drawn.
         series: by name, the values of all seeds at each place.
         tints: color of each; None: the report's, in their order.
+        dodge: units by which each curve stands right of the one before it, that those which coincide can be told apart.
     """
     marks = []
     for number, points in enumerate(series.values()):
-        tint = tints[number] if tints else color(number)
+        tint, shift = tints[number] if tints else color(number), dodge * (number - (len(series) - 1) / 2)
         means = [(x, statistics.fmean(values)) for x, values in points.items()]
-        marks.append(polyline(plot, means, tint, 1.5))
-        marks += [whisker(plot, x, values, tint) for x, values in points.items()]
+        marks.append(polyline(plot, means, tint, 1.5, shift=shift))
+        marks += [whisker(plot, x, values, tint, shift) for x, values in points.items()]
     return "".join(marks)
 
 

@@ -159,7 +159,7 @@ def measure(
 
 
 def keep_states(trajectory: Trajectory, points: Sequence[int]) -> Trajectory:
-    """A trajectory recorded in full, with the states and calls of these key points alone."""
+    """A trajectory with the states and calls of these of its key points alone."""
     return replace(
         trajectory,
         states=trajectory.states[list(points)],
@@ -169,13 +169,12 @@ def keep_states(trajectory: Trajectory, points: Sequence[int]) -> Trajectory:
 
 
 def write_part(folder: TrajectoryFolder, points: Sequence[int], out: Path) -> None:
-    """Write the data set with these key points alone.
+    """Write the data set with these of its key points alone.
 
     A student of uneven steps runs by accvideo's own scheduler, so `nested_schedule` is off.
     """
-    manifest = replace(
-        folder.manifest, keypoints=list(points), num_student_steps=len(points) - 1, nested_schedule=False
-    )
+    keypoints = [folder.manifest.keypoints[point] for point in points]
+    manifest = replace(folder.manifest, keypoints=keypoints, num_student_steps=len(points) - 1, nested_schedule=False)
     out.mkdir(parents=True, exist_ok=True)
     for index in range(len(folder)):
         write_trajectory(out, replace(keep_states(folder[index], points), settings=manifest.settings))

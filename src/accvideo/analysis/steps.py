@@ -1,28 +1,20 @@
 """Quality and seconds against the number of steps: a student for each, one for all, and the teacher's own few steps."""
 
 import json
-import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tyro.conf import Positional
 
-from accvideo.analysis.figure import (
-    Panel,
-    color,
-    figure,
-    markdown_table,
-    polyline,
-    spread_curves,
-    spread_text,
-    whisker_ticks,
-)
+from accvideo.analysis.figure import Panel, color, figure, markdown_table, spread_curves, spread_text, whisker_ticks
 from accvideo.analysis.folder import PLACES, open_analysis, origin, settings_of, write_results
 from accvideo.analysis.students import (
     Evaluation,
     StudentsConfig,
+    curves_of,
+    curves_panel,
     distill_all,
     metric_cell,
     metric_title,
@@ -53,9 +45,6 @@ NOT_TOLD = "one for all, not told how far"
 KINDS = (ONE_EACH, ONE_FOR_ALL, NOT_TOLD, "teacher, guided", "teacher, equal calls", "teacher, UniPC")
 """What is compared at each number of steps."""
 
-STRIP = 0.2
-"""Share of a plot's width, at its right, for methods that are known at one number of steps only."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class StepsConfig(StudentsConfig):
@@ -75,8 +64,8 @@ class StepsConfig(StudentsConfig):
     """Folder for students, numbers, table and figure."""
     num_student_steps: tuple[int, ...] = (1, 2, 3, 4, 5, 8, 10)
     """Numbers of steps K."""
-    baselines: Path | None = None
-    """`baselines.json` of `accvideo analyze baselines`: its methods are drawn beside."""
+    baselines: tuple[Path, ...] = ()
+    """`baselines.json` files of `accvideo analyze baselines`: their methods are drawn beside, at their own steps."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,7 +81,7 @@ def steps(config: StepsConfig) -> dict[str, Any]:
     """
     manifest = read_manifest(open_storage(config.data))
     student_sweeps(manifest.num_student_steps, config.num_student_steps)
-    methods = [] if config.baselines is None else read_baselines(config.baselines)
+    methods = [row for path in config.baselines for row in read_baselines(path)]
     config.evaluation(Path()).check_prompts(manifest.teacher)
     settings = settings_of(config, (*PLACES, "baselines"))
     cache = open_analysis(config.out, settings)
@@ -169,7 +158,8 @@ def read_baselines(path: Path) -> list[dict[str, Any]]:
     """
     try:
         results = json.loads(path.read_text("utf-8"))
-        return [row for row in results["rows"] if row["name"] in results["learning_rates"]]
+        rows = [row for row in results["rows"] if row["name"] in results["learning_rates"]]
+        return [row | {"num_student_steps": row["num_steps"]} for row in rows]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is no baselines.json of accvideo analyze baselines ({error})") from error
 
@@ -201,47 +191,24 @@ def steps_figure(results: Mapping[str, Any]) -> str:
     """Each metric and the seconds against the number of steps, and the first metric against the seconds."""
     rows = results["rows"]
     names = [name for name in SHOWN if any(name in row["metrics"] for row in rows)]
-    panels = [metric_panel(rows, name, results["baselines"]) for name in names]
+    panels = [panel for name in names for panel in metric_panels(name, rows, results["baselines"])]
     return figure([*panels, seconds_panel(rows), trade_panel(rows, names[0])])
 
 
-def metric_panel(rows: Sequence[Mapping[str, Any]], name: str, baselines: Sequence[Mapping[str, Any]]) -> Panel:
-    """A metric against the number of steps, a curve a kind; the teacher at all its steps is a level line.
-
-    Other methods stand in a strip of their own at the right: near each other and on the curves none could be read.
-    """
-    title, unit = METRICS[name]
-    curves = {
-        kind: {
-            row["num_student_steps"]: scaled(name, row["metrics"][name])
-            for row in rows
-            if row["name"] == kind and name in row["metrics"]
-        }
-        for kind in KINDS
-    }
-    tints = {kind: color(number) for number, kind in enumerate(KINDS)}
-    level = [scaled(name, row["metrics"][name]) for row in rows if row["name"] == ALL_STEPS and name in row["metrics"]]
-    others = {
-        row["name"]: (row["num_steps"], scaled(name, row["metrics"][name]))
-        for row in baselines
-        if name in row["metrics"]
-    }
-    numbers = sorted({row["num_student_steps"] for row in rows})
-    own = [each for curve in curves.values() for each in curve.values()]
-    ticks = whisker_ticks([*own, *level, *(each for _, each in others.values())])
-    left, edge = numbers[0] / 1.2, numbers[-1] * 1.2
-    right = left * (edge / left) ** (1 / (1 - STRIP)) if others else edge
-    plot = Plot((left, right), (ticks[0], ticks[-1]), x_log=True)
-    marks = spread_curves(plot, curves)
-    keys = list(tints.items())
-    if level:
-        height = sum(level[0]) / len(level[0])
-        marks += polyline(plot, [(numbers[0], height), (numbers[-1], height)], "var(--ink)", 1, 0.6)
-        keys.append((ALL_STEPS, "var(--ink)"))
-    if others:
-        marks += strip(plot, edge, list(others.values()))
-        keys += [(f"{number} {method}", "var(--muted)") for number, method in enumerate(others, start=1)]
-    return Panel(title, unit, plot.svg(marks, "steps (logarithmic)", ticks, numbers, title), keys)
+def metric_panels(name: str, rows: Sequence[Mapping[str, Any]], baselines: Sequence[Mapping[str, Any]]) -> list[Panel]:
+    """A metric against the number of steps: what is compared here and, on the same scale, other methods if any."""
+    found = curves_of(name, rows)
+    own = {kind: found[kind] for kind in KINDS if kind in found}
+    level = next(((ALL_STEPS, values) for values in found.get(ALL_STEPS, {}).values()), None)
+    methods = curves_of(name, baselines)
+    curves = [*own.values(), *methods.values()]
+    ticks = whisker_ticks([each for curve in curves for each in curve.values()] + ([level[1]] if level else []))
+    panels = [curves_panel(name, own, level, ticks)]
+    if methods:
+        beside = {ONE_EACH: own[ONE_EACH], **methods}
+        panel = curves_panel(name, beside, level, ticks, dodge=4)
+        panels.append(replace(panel, note=f"{panel.note}; other methods"))
+    return panels
 
 
 def seconds_panel(rows: Sequence[Mapping[str, Any]]) -> Panel:
@@ -279,26 +246,3 @@ def trade_panel(rows: Sequence[Mapping[str, Any]], name: str) -> Panel:
     chart = plot.svg(spread_curves(plot, curves, tints), "seconds (logarithmic)", ticks, log_ticks(*limits), title)
     keys = list(zip(series, tints, strict=True))
     return Panel(f"{title} against seconds of denoising", unit, chart, keys)
-
-
-def strip(plot: Plot, edge: float, others: Sequence[tuple[int, Sequence[float]]]) -> str:
-    """Methods as 1, 2, ... side by side right of `edge`, each at the height of its mean; given by steps and values."""
-    left, right = plot.x(edge), plot.x(plot.x_range[1])
-    bottom, top = (plot.y(limit) for limit in plot.y_range)
-    counts = ", ".join(map(str, sorted({num_steps for num_steps, _ in others})))
-    marks = [
-        f'<line class="axis" x1="{left:.1f}" x2="{left:.1f}" y1="{bottom:.1f}" y2="{top:.1f}"/>',
-        f'<text x="{(left + right) / 2:.1f}" y="249" text-anchor="middle">at {counts} steps</text>',
-    ]
-    for number, (_, values) in enumerate(others):
-        x = left + (right - left) * (number + 0.5) / len(others)
-        marks.append(letter(x, plot.y(statistics.fmean(values)), str(number + 1)))
-    return "".join(marks)
-
-
-def letter(x: float, y: float, text: str) -> str:
-    """A number centered at a place, with a rim in the page's color that parts it from a line behind."""
-    return (
-        f'<text x="{x:.1f}" y="{y + 4:.1f}" text-anchor="middle" stroke="var(--page)" stroke-width="3" '
-        f'paint-order="stroke">{text}</text>'
-    )

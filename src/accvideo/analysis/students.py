@@ -1,5 +1,6 @@
 """Several students of each kind beside their teacher: the project's own report of all of them, summed up by kind."""
 
+import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -11,13 +12,22 @@ from typing import Any
 from diffusers import UniPCMultistepScheduler
 from rich.progress import Progress
 
-from accvideo.analysis.figure import Panel, color, figure, markdown_table, mean_and_spread, spread_text
+from accvideo.analysis.figure import (
+    Panel,
+    color,
+    figure,
+    markdown_table,
+    mean_and_spread,
+    polyline,
+    spread_curves,
+    spread_text,
+)
 from accvideo.command import choose_device, progress_bar
 from accvideo.distill import distill
 from accvideo.evaluate import choose_prompts, evaluate, load_teacher, row_folder
 from accvideo.inference.model import load_model, with_scheduler
 from accvideo.inference.student_config import StudentConfig, read_student_config
-from accvideo.reporting.charts import nice_ticks
+from accvideo.reporting.charts import Plot, nice_ticks
 from accvideo.reporting.config import EvaluateConfig
 from accvideo.reporting.rows import Plan, Task, make_row, row_key, run_row
 from accvideo.reporting.wording import METRICS
@@ -282,6 +292,44 @@ def metric_panel(name: str, rows: Sequence[Row]) -> Panel:
             marks += f'<text x="{x}" y="{y + 4:.1f}" text-anchor="{side}" fill="{tint}" {size}>{text}</text>'
     chart = f'<svg viewBox="0 0 440 272" role="img" aria-label="{escape(title)}">{marks}</svg>'
     return Panel(title, unit, chart, [("teacher", color(0)), ("students", color(1))])
+
+
+def curves_of(name: str, rows: Sequence[Row]) -> dict[str, dict[float, list[float]]]:
+    """A metric by the name of a row and its `num_student_steps`, in the unit of the report."""
+    curves: dict[str, dict[float, list[float]]] = {}
+    for row in rows:
+        if name in row["metrics"]:
+            curves.setdefault(row["name"], {})[row["num_student_steps"]] = scaled(name, row["metrics"][name])
+    return curves
+
+
+def curves_panel(
+    name: str,
+    curves: Mapping[str, Mapping[float, Sequence[float]]],
+    level: tuple[str, Sequence[float]] | None,
+    ticks: Sequence[float],
+    dodge: float = 0,
+) -> Panel:
+    """A metric against the number of steps.
+
+    Args:
+        name: of the metric.
+        curves: as `curves_of` makes them.
+        level: name and values of what has no number of steps to stand at, a level line.
+        ticks: of the metric's axis.
+        dodge: see `spread_curves`.
+    """
+    title, unit = METRICS[name]
+    numbers = sorted({number for curve in curves.values() for number in curve})
+    edges = (numbers[0] / 1.2, numbers[-1] * 1.2)
+    plot = Plot(edges, (ticks[0], ticks[-1]), x_log=True)
+    marks = spread_curves(plot, curves, dodge=dodge)
+    keys = [(kind, color(number)) for number, kind in enumerate(curves)]
+    if level:
+        height = statistics.fmean(level[1])
+        marks += polyline(plot, [(edge, height) for edge in edges], "var(--ink)", 1, 0.6)
+        keys.append((level[0], "var(--ink)"))
+    return Panel(title, unit, plot.svg(marks, "steps (logarithmic)", ticks, numbers, title), keys)
 
 
 def readable_range(values: Sequence[Sequence[float]], is_student: Sequence[bool]) -> tuple[float, float]:
