@@ -9,7 +9,7 @@ from tyro.conf import Positional
 
 from accvideo.analysis.baselines.training import Baseline, Recipe, train_baseline
 from accvideo.analysis.budget import CONSISTENT, JUDGED, PAIRED
-from accvideo.analysis.figure import figure, markdown_table, whisker_ticks
+from accvideo.analysis.figure import figure, markdown_table
 from accvideo.analysis.folder import open_analysis, origin, settings_of, write_results
 from accvideo.analysis.keypoints import write_part
 from accvideo.analysis.students import (
@@ -291,6 +291,5 @@ def baselines_figure(results: Mapping[str, Any]) -> str:
         level = next(((WHOLE_TEACHER, values) for values in curves.get(WHOLE_TEACHER, {}).values()), None)
         own = {kind: curves[kind] for kind in shown if kind in curves}
         if own:
-            ticks = whisker_ticks([each for curve in own.values() for each in curve.values()])
-            panels.append(curves_panel(name, own, level, ticks, dodge=4))
+            panels.append(curves_panel(name, own, level, dodge=4))
     return figure(panels)

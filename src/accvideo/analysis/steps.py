@@ -196,17 +196,15 @@ def steps_figure(results: Mapping[str, Any]) -> str:
 
 
 def metric_panels(name: str, rows: Sequence[Mapping[str, Any]], baselines: Sequence[Mapping[str, Any]]) -> list[Panel]:
-    """A metric against the number of steps: what is compared here and, on the same scale, other methods if any."""
+    """A metric against the number of steps: what is compared here and, if there are any, other methods at theirs."""
     found = curves_of(name, rows)
     own = {kind: found[kind] for kind in KINDS if kind in found}
     level = next(((ALL_STEPS, values) for values in found.get(ALL_STEPS, {}).values()), None)
-    methods = curves_of(name, baselines)
-    curves = [*own.values(), *methods.values()]
-    ticks = whisker_ticks([each for curve in curves for each in curve.values()] + ([level[1]] if level else []))
-    panels = [curves_panel(name, own, level, ticks)]
-    if methods:
-        beside = {ONE_EACH: own[ONE_EACH], **methods}
-        panel = curves_panel(name, beside, level, ticks, dodge=4)
+    panels = [curves_panel(name, own, level)]
+    if methods := curves_of(name, baselines):
+        numbers = {number for curve in methods.values() for number in curve}
+        student = {number: values for number, values in own[ONE_EACH].items() if number in numbers}
+        panel = curves_panel(name, {ONE_EACH: student} | methods, level, dodge=4)
         panels.append(replace(panel, note=f"{panel.note}; other methods"))
     return panels
 

@@ -21,6 +21,7 @@ from accvideo.analysis.figure import (
     polyline,
     spread_curves,
     spread_text,
+    whisker_ticks,
 )
 from accvideo.command import choose_device, progress_bar
 from accvideo.distill import distill
@@ -307,7 +308,6 @@ def curves_panel(
     name: str,
     curves: Mapping[str, Mapping[float, Sequence[float]]],
     level: tuple[str, Sequence[float]] | None,
-    ticks: Sequence[float],
     dodge: float = 0,
 ) -> Panel:
     """A metric against the number of steps.
@@ -315,18 +315,18 @@ def curves_panel(
     Args:
         name: of the metric.
         curves: as `curves_of` makes them.
-        level: name and values of what has no number of steps to stand at, a level line.
-        ticks: of the metric's axis.
+        level: name and values of what has no number of steps to stand at: a level line, if it is as high as the curves.
         dodge: see `spread_curves`.
     """
     title, unit = METRICS[name]
+    ticks = whisker_ticks(values for curve in curves.values() for values in curve.values())
+    ticks = [tick for tick in ticks if unit != "%" or tick <= 100]
     numbers = sorted({number for curve in curves.values() for number in curve})
     edges = (numbers[0] / 1.2, numbers[-1] * 1.2)
     plot = Plot(edges, (ticks[0], ticks[-1]), x_log=True)
     marks = spread_curves(plot, curves, dodge=dodge)
     keys = [(kind, color(number)) for number, kind in enumerate(curves)]
-    if level:
-        height = statistics.fmean(level[1])
+    if level and ticks[0] <= (height := statistics.fmean(level[1])) <= ticks[-1]:
         marks += polyline(plot, [(edge, height) for edge in edges], "var(--ink)", 1, 0.6)
         keys.append((level[0], "var(--ink)"))
     return Panel(title, unit, plot.svg(marks, "steps (logarithmic)", ticks, numbers, title), keys)
