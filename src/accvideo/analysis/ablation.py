@@ -39,6 +39,10 @@ BEYOND: dict[str, dict[str, Any]] = {
 REFERENCE = "one head a key point"
 """The full method, which every other variant differs from in one thing."""
 
+STOPPED = "trajectory loss only stopped early"
+"""Beside the trajectory loss with as many evaluations, that with as many iterations as the full method: whether they
+differ by the heads or by the iterations that the heads' evaluations pay for."""
+
 LATE = 0.6
 """Share of the iterations after which the preset `playground` has the adversarial half."""
 
@@ -67,7 +71,6 @@ class AblationConfig(StudentsConfig):
     equal: Literal["evaluations", "iterations"] = "evaluations"
     """What all students have as many of: denoiser evaluations in training, as many as "one head a key point" takes in
     `num_iterations`, so that a variant whose iterations cost less has more of them; or iterations."""
-
     keep: Path | None = None
     """As for `accvideo distill`; adds a variant that learns from these trajectories alone."""
 
@@ -135,15 +138,15 @@ def plan_runs(config: AblationConfig, num_trajectories: int, num_steps: int) -> 
             name: {"num_validation": num_trajectories - max(1, num_trajectories // divisor), "validate_every": 10**9}
             for name, divisor in FRACTIONS.items()
         }
-    if unknown := [name for name in config.only if name not in changes]:
-        raise UserError(f'there is no variant "{unknown[0]}"; choose from: {", ".join(changes)}')
     runs = {
         name: config.run(config.data, Path(), **{"adversarial_start": start} | change)
         for name, change in changes.items()
     }
     if config.equal == "evaluations":
-        budget = learning_evaluations(runs[REFERENCE], num_steps)
-        runs = {name: at_budget(run, num_steps, budget) for name, run in runs.items()}
+        budget, stopped = learning_evaluations(runs[REFERENCE], num_steps), runs["trajectory loss only"]
+        runs = {STOPPED: stopped} | {name: at_budget(run, num_steps, budget) for name, run in runs.items()}
+    if unknown := [name for name in config.only if name not in runs]:
+        raise UserError(f'there is no variant "{unknown[0]}"; choose from: {", ".join(runs)}')
     return {
         name: [
             replace(run, out=Path(f"{name.replace(' ', '-')}-{seed}"), seed=seed) for seed in range(config.num_seeds)
