@@ -6,7 +6,7 @@ import pytest
 
 from accvideo.analysis.ablation import (
     REFERENCE,
-    STOPPED,
+    CUT_SHORT,
     AblationConfig,
     ablation,
     learning_evaluations,
@@ -48,8 +48,8 @@ def test_each_variant_changes_one_thing_for_all_seeds():
 def test_all_variants_take_as_many_evaluations():
     """A trajectory loss has a third of an iteration's, so three times the iterations."""
     plan = plan_runs(AblationConfig(data="data", out=Path("out"), num_seeds=1, adversarial_from=0.5), 64, 5)
-    [stopped] = plan.pop(STOPPED)
-    assert stopped.num_iterations == 200 and not stopped.adversarial_weight
+    [short] = plan.pop(CUT_SHORT)
+    assert short.num_iterations == 200 and not short.adversarial_weight
     budget = learning_evaluations(plan[REFERENCE][0], 5)
     assert budget == 16 * (100 * 3 + 100 * 9 + 5) and plan[REFERENCE][0].num_iterations == 200
     for name, [run] in plan.items():
@@ -85,14 +85,14 @@ def test_variants_are_distilled_once_and_evaluated_together(tmp_path: Path):
     )  # fmt: skip
     results = ablation(config)
     by_name = {row["name"]: row for row in results["rows"]}
-    assert list(by_name)[-4:] == [STOPPED, "trajectory loss only", "one shared head", "one head a key point"]
+    assert list(by_name)[-4:] == [CUT_SHORT, "trajectory loss only", "one shared head", "one head a key point"]
     assert by_name["teacher_few"]["num_steps"] == 5
     assert len(by_name["one shared head"]["metrics"]["latent_mse"]) == 2
     recipe = read_student_config(tmp_path / "out" / "cache" / "one-shared-head-1").recipe
     assert recipe["shared_head"] and recipe["seed"] == 1 and recipe["adversarial_start"] == 0
     assert read_student_config(tmp_path / "out" / "cache" / "trajectory-loss-only-1").recipe["num_iterations"] == 32
-    stopped = read_student_config(tmp_path / "out" / "cache" / "trajectory-loss-only-stopped-early-1").recipe
-    assert stopped["num_iterations"] == 10 and not stopped["adversarial_weight"]
+    short = read_student_config(tmp_path / "out" / "cache" / "trajectory-loss-cut-short-1").recipe
+    assert short["num_iterations"] == 10 and not short["adversarial_weight"]
     assert "| trajectory loss only | 32 |" in (tmp_path / "out" / "ablation.md").read_text()
     again = ablation(config)
     assert again["rows"] == results["rows"] and again["seconds"] == results["seconds"]

@@ -79,8 +79,8 @@ def test_the_work_of_ablations_is_that_of_their_plan(quick: None):
     work = PARTS["ablation"](sizes, PLACE).work
     others = teacher_work(sizes, [5])
     assert work.clips - others.clips == num_students * 10
-    # Nine evaluations a sample and iteration for the reference, as many for the others, three for the one that stops
-    # early; five for a clip.
+    # Nine evaluations a sample and iteration for the reference, as many for the others, three for the one that is cut
+    # short; five for a clip.
     assert work.trained == (num_students - 2) * 50 * 4 * 9 + 2 * 50 * 4 * 3
     planned = sum(learning_evaluations(run, 5) for runs in plan.values() for run in runs)
     assert work.trained == pytest.approx(planned, rel=0.05)

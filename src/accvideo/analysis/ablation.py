@@ -39,7 +39,7 @@ BEYOND: dict[str, dict[str, Any]] = {
 REFERENCE = "one head a key point"
 """The full method, which every other variant differs from in one thing."""
 
-STOPPED = "trajectory loss only stopped early"
+CUT_SHORT = "trajectory loss cut short"
 """Beside the trajectory loss with as many evaluations, that with as many iterations as the full method: whether they
 differ by the heads or by the iterations that the heads' evaluations pay for."""
 
@@ -143,8 +143,8 @@ def plan_runs(config: AblationConfig, num_trajectories: int, num_steps: int) -> 
         for name, change in changes.items()
     }
     if config.equal == "evaluations":
-        budget, stopped = learning_evaluations(runs[REFERENCE], num_steps), runs["trajectory loss only"]
-        runs = {STOPPED: stopped} | {name: at_budget(run, num_steps, budget) for name, run in runs.items()}
+        budget, short = learning_evaluations(runs[REFERENCE], num_steps), runs["trajectory loss only"]
+        runs = {CUT_SHORT: short} | {name: at_budget(run, num_steps, budget) for name, run in runs.items()}
     if unknown := [name for name in config.only if name not in runs]:
         raise UserError(f'there is no variant "{unknown[0]}"; choose from: {", ".join(runs)}')
     return {

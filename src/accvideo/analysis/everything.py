@@ -222,7 +222,7 @@ def ablation_part(sizes: Sizes, place: Place) -> Part:
     return Part(
         words(place.cut, options, *student_arguments(sizes), "--rows", place.rows),
         student_work(sizes, STUDENT_STEPS, adversarial=1.0).times(num_variants * sizes.num_seeds)
-        + student_work(sizes, STUDENT_STEPS, adversarial=0.0).times(sizes.num_seeds)  # the one that is stopped early
+        + student_work(sizes, STUDENT_STEPS, adversarial=0.0).times(sizes.num_seeds)  # the one that is cut short
         + teacher_work(sizes, [STUDENT_STEPS]),
     )
 
