@@ -5,8 +5,8 @@ from xml.etree import ElementTree
 import pytest
 
 from accvideo.analysis.ablation import (
-    REFERENCE,
     CUT_SHORT,
+    REFERENCE,
     AblationConfig,
     ablation,
     learning_evaluations,
