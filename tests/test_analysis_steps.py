@@ -19,6 +19,7 @@ from accvideo.analysis.steps import (
     steps_figure,
     steps_table,
 )
+from accvideo.analysis.students import curves_panel
 from accvideo.inference.student_config import read_student_config
 from accvideo.reporting.wording import METRICS
 from accvideo.types import UserError
@@ -90,6 +91,16 @@ def test_other_methods_stand_beside_and_can_be_told_apart_where_they_coincide():
     at_two, at_five = ([x for x, y in others if y == height] for height in (others[0][1], others[1][1]))
     assert [right - left for left, right in pairwise(at_two)] == pytest.approx([4], abs=0.11)
     assert [right - left for left, right in pairwise(at_five)] == pytest.approx([4, 4], abs=0.11)
+
+
+def test_what_is_always_right_is_drawn_below_100_percent():
+    panel = curves_panel("all_right", {"a": {1: [100.0, 100.0], 5: [100.0, 100.0]}}, ("teacher", [100.0]))
+    ticks = [
+        float(text.text or "") for text in ElementTree.fromstring(panel.chart).iter("text") if text.get("x") == "38"
+    ]
+    assert (ticks[0], ticks[-1]) == (99, 100) and [name for name, _ in panel.keys] == ["a", "teacher"]
+    low = curves_panel("all_right", {"a": {1: [90.0], 5: [95.0]}}, ("teacher", [10.0]))
+    assert [name for name, _ in low.keys] == ["a"]  # a level far off is left out
 
 
 @pytest.mark.slow

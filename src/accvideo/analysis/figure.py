@@ -1,5 +1,6 @@
 """Figures of several charts as one SVG file that is readable on a dark and on a light page."""
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -115,11 +116,12 @@ def whisker(plot: Plot, x: float, values: Sequence[float], tint: str, shift: flo
     )
 
 
-def whisker_ticks(series: Iterable[Sequence[float]]) -> list[float]:
-    """Ticks between whose ends the whiskers of all these values lie."""
+def whisker_ticks(series: Iterable[Sequence[float]], most: float = math.inf) -> list[float]:
+    """Ticks between whose ends the whiskers of all these values lie, none above `most`."""
     spreads = [mean_and_spread(values) for values in series]
     low, high = min(mean - spread for mean, spread in spreads), max(mean + spread for mean, spread in spreads)
-    return nice_ticks(low, high if high > low else low + 1)
+    high = min(high, most)
+    return nice_ticks(low if low < high else high - 1, high)
 
 
 def spread_curves(

@@ -1,5 +1,6 @@
 """Several students of each kind beside their teacher: the project's own report of all of them, summed up by kind."""
 
+import math
 import statistics
 import sys
 import time
@@ -319,8 +320,8 @@ def curves_panel(
         dodge: see `spread_curves`.
     """
     title, unit = METRICS[name]
-    ticks = whisker_ticks(values for curve in curves.values() for values in curve.values())
-    ticks = [tick for tick in ticks if unit != "%" or tick <= 100]
+    most = 100 if unit == "%" else math.inf
+    ticks = whisker_ticks((values for curve in curves.values() for values in curve.values()), most)
     numbers = sorted({number for curve in curves.values() for number in curve})
     edges = (numbers[0] / 1.2, numbers[-1] * 1.2)
     plot = Plot(edges, (ticks[0], ticks[-1]), x_log=True)
