@@ -12,36 +12,38 @@ from accvideo.training.checkpoint import (
     Checkpoint,
     Checkpoints,
     checkpoints,
-    load_checkpoint,
     metrics_log,
     optimizer_tensors,
     read_metrics,
     restore_optimizer,
-    save_checkpoint,
     write_checkpoint,
 )
 from accvideo.types import UserError
 
 
+def save(folder: Path, iteration: int, value: float = 0.0) -> None:
+    with Checkpoints(folder) as written:
+        written.save(iteration, {"x": torch.full((2,), value)}, {"iteration": iteration})
+
+
 def test_only_the_last_checkpoint_is_kept_and_a_half_written_one_is_not_seen(tmp_path: Path):
-    assert load_checkpoint(tmp_path / "checkpoints") is None
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    assert Checkpoints(folder).newest() is None
     for iteration in (9, 10, 100):
-        save_checkpoint(
-            tmp_path / "checkpoints", iteration, {"x": torch.full((2,), iteration)}, {"iteration": iteration}
-        )
-    half = tmp_path / "checkpoints/00000200"
+        save(folder, iteration, value=iteration)
+    half = folder / "00000200"
     half.mkdir()
     (half / ".rank-0-of-1.safetensors.partial").write_bytes(b"half")
-    half = tmp_path / "checkpoints/00000300"
-    save_checkpoint(tmp_path / "elsewhere", 300, {"x": torch.zeros(2)}, {})
+    half = folder / "00000300"
+    save(tmp_path / "elsewhere", 300)
     shutil.copytree(tmp_path / "elsewhere/00000300", half)
     (half / "state.json").write_text((half / "state.json").read_text().replace('"num_files": 1', '"num_files": 2'))
-    found = load_checkpoint(tmp_path / "checkpoints")
-    assert found is not None and found[0]["x"].tolist() == [100, 100] and found[1] == {"iteration": 100}
-    assert len(checkpoints(tmp_path / "checkpoints")) == 1
-    newest = Checkpoints(tmp_path / "checkpoints").newest()
+    assert len(checkpoints(folder)) == 1
+    newest = Checkpoints(folder).newest()
     assert newest is not None and newest.folder.name == "00000100"
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000100"]
+    assert newest.read("x").tolist() == [100, 100] and newest.state == {"iteration": 100}
+    assert [path.name for path in folder.iterdir()] == ["00000100"]
 
 
 def test_a_checkpoint_in_the_background_is_of_the_moment_it_was_asked_for(tmp_path: Path):
@@ -74,13 +76,10 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: p
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    save_checkpoint(tmp_path / "checkpoints", 1, {"x": torch.ones(1)}, {})
+    save(tmp_path / "checkpoints", 1)
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(UserError, match="cannot write the checkpoint of iteration 2 .*No space left"):
-        save_checkpoint(tmp_path / "checkpoints", 2, {"x": torch.ones(1)}, {})
-    assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["00000001"]
-    with pytest.raises(UserError, match="No space left"), Checkpoints(tmp_path / "checkpoints") as written:
-        written.save(2, {"x": torch.ones(1)}, {})
+        save(tmp_path / "checkpoints", 2)
     assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["00000001"]
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accvideo.command import MAX_ARGUMENT_DEPTH, Prompt, parse_pipeline_args, read_prompt_file, read_prompts
+from accvideo.command import MAX_ARGUMENT_DEPTH, Prompt, parse_pipeline_args, read_prompt_file
 from accvideo.media import load_media
 from accvideo.types import UserError
 from tests.test_trajectory import JSON
@@ -54,12 +54,6 @@ def test_mistakes_in_files_are_told(tmp_path, name, text, message):
     with pytest.raises(UserError, match=message) as error:
         read_prompt_file(tmp_path / name)
     assert len(str(error.value).splitlines()) <= 2
-
-
-def test_where_only_prompts_are_read_other_columns_are_refused(tmp_path):
-    (tmp_path / "a.csv").write_text("prompt,image\nred,a.png\n")
-    with pytest.raises(UserError, match="column image"):
-        read_prompts(tmp_path / "a.csv")
 
 
 def test_arguments_as_deep_as_allowed_are_read_and_used(tmp_path):

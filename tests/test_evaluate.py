@@ -17,7 +17,7 @@ from accvideo.inference.config import Acceleration
 from accvideo.inference.model import Model, load_model, with_arguments
 from accvideo.inference.student_config import read_student_config
 from accvideo.metrics import Estimate, latent_mse
-from accvideo.playground.judge import diversity_distance, judge
+from accvideo.playground.judge import diversity_of_samples, judge
 from accvideo.playground.world import draw, sample_prompts, scenes_of, to_uint8
 from accvideo.record import record
 from accvideo.recording.config import RecordConfig
@@ -324,7 +324,8 @@ def test_verdicts_survive_storage():
     captions = sample_prompts(6, 1)
     verdicts = judge(to_uint8(draw(scenes_of(captions, seed=0))), captions)
     restored = restore_verdicts(flatten_verdicts(verdicts))
-    assert diversity_distance(restored) == diversity_distance(verdicts)
+    clips = torch.arange(len(captions))
+    assert diversity_of_samples(restored)(clips) == diversity_of_samples(verdicts)(clips)
     for field in fields(verdicts):
         if field.name != "scenes":
             assert torch.equal(getattr(restored, field.name), getattr(verdicts, field.name))

@@ -20,7 +20,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 import accvideo.record as stage
 from accvideo.call import replay
-from accvideo.command import Prompt, read_prompts
+from accvideo.command import Prompt, read_prompt_file
 from accvideo.data.dataset import TrajectoryFolder
 from accvideo.data.verify import problems as verify
 from accvideo.flow import euler_step
@@ -129,7 +129,7 @@ def test_recorded_trajectories_are_the_pipelines_own(config):
     data = TrajectoryFolder(config.out)
     for block in (0, 1, 2):
         items = (2 * block, 2 * block + 1)
-        prompts = read_prompts(config.prompts)
+        prompts = [prompt.text for prompt in read_prompt_file(config.prompts)]
         final = pipeline(
             [prompts[i % 3] for i in items],
             generator=[item_generator(0, i) for i in items],
@@ -544,7 +544,8 @@ def test_prompts_of_any_length_and_script(quick):
     config.prompts.write_text("\n".join(lines), "utf-8")
     quick.prompts.write_text("\n".join(prompts), "utf-8")
     stripped = [prompt.strip() for prompt in prompts]
-    assert read_prompts(quick.prompts) == read_prompts(config.prompts) == stripped
+    for path in (quick.prompts, config.prompts):
+        assert [prompt.text for prompt in read_prompt_file(path)] == stripped
     record(config)
     data = TrajectoryFolder(config.out)
     assert [data[i].prompt for i in range(len(data))] == stripped

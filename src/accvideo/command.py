@@ -138,19 +138,6 @@ def with_image(prompts: Sequence[Prompt], image: Path | None) -> list[Prompt]:
     return [replace(each, arguments={"image": str(image.absolute())} | each.arguments) for each in prompts]
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file, for commands that take nothing else from it.
-
-    Raises:
-        UserError: there are none, or the file has other columns.
-    """
-    prompts = read_prompt_file(path)
-    for prompt in prompts:
-        if prompt.arguments:
-            raise UserError(f"{path} has a column {next(iter(prompt.arguments))}: here only prompts are read")
-    return [prompt.text for prompt in prompts]
-
-
 def choose_device(name: str) -> str:
     """The device called `name`; `auto` is the accelerator if there is one."""
     if name != "auto":

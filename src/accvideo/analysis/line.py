@@ -46,14 +46,6 @@ def moved_data(mismatch: float) -> tuple[float, float]:
     return -3.0 - mismatch / 2, 3.0 + mismatch / 2
 
 
-def mismatch_degree(data: Sequence[float], training_data: Sequence[float] = DATA) -> float:
-    """The degree of mismatch M: the sum of the distances to the nearest point of the teacher's training data.
-
-    Zhang et al. 2025, arXiv:2503.19462, Eq. 4.
-    """
-    return sum(min(abs(point - own) for own in training_data) for point in data)
-
-
 def off_trajectory(
     points: Float[Tensor, " samples"], states: Float[Tensor, " trajectories"], tolerance: float
 ) -> Bool[Tensor, " samples"]:

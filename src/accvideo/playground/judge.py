@@ -143,21 +143,17 @@ def _draw_levels(scenes: Scenes) -> Tensor:
     return (world.draw(scenes) * 255).round_()
 
 
-def diversity_distance(verdicts: Verdicts) -> float:
-    """How far the free numbers of a set of clips are from the world's own distribution, in standard deviations.
+def diversity_of_samples(verdicts: Verdicts) -> Callable[[Int[Tensor, " sample"]], float]:
+    """How far the free numbers of clips are from the world's own distribution, in standard deviations.
 
     Mean over the free numbers (position, size, angle, amount, phases) of the 1-D Wasserstein distance between those
     recovered and fresh draws of the world for the same requests. Each number is first measured in means and standard
     deviations of the world's draws for its own request, and cut off at 3 of them. About 0.06 for 500 of the world's own
     clips, 0.03 for 2,000; more where diversity is lost. A number of which there is no sample counts 1.
-    """
-    return diversity_of_samples(verdicts)(torch.arange(len(verdicts.count)))
 
-
-def diversity_of_samples(verdicts: Verdicts) -> Callable[[Int[Tensor, " sample"]], float]:
-    """`diversity_distance` as a function of which of the clips are taken, each as often as it is named.
-
-    The world is asked once, here: a clip brings its own draws along wherever it is taken.
+    Returns:
+        The distance as a function of which of the clips are taken, each as often as it is named. The world is asked
+        once, here: a clip brings its own draws along wherever it is taken.
     """
     is_asked = verdicts.scenes.requests.count > 0
     if not is_asked.any():

@@ -137,26 +137,6 @@ class Checkpoints:
                 delete_older(self.folder)
 
 
-def save_checkpoint(folder: Path, iteration: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Write `folder/<iteration>/` at once, by a single rank, then delete older checkpoints.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    copies = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_checkpoint(folder / folder_name(iteration), copies, state, 0, 1)
-    delete_older(folder)
-
-
-def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Tensors (on the CPU) and state of the newest checkpoint in `folder`; None if there is none."""
-    found = checkpoints(folder)
-    if not found:
-        return None
-    checkpoint = Checkpoint(found[-1])
-    return {name: checkpoint.read(name) for name in checkpoint.pieces}, checkpoint.state
-
-
 def write_checkpoint(
     folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], number: int, num_files: int
 ) -> None:
