@@ -133,6 +133,13 @@ def test_what_is_missing_is_said_before_students_are_trained(tmp_path: Path):
     record_tiny(tmp_path)
     with pytest.raises(UserError, match="give --prompts FILE"):
         baselines(BaselinesConfig(data=str(tmp_path / "data"), out=tmp_path / "out", budget=120 + 1600))
+    for numbers, message in (((2, 2), "give each number once"), ((5, 6), "6 student steps of 5 recorded ones")):
+        with pytest.raises(UserError, match=message):
+            baselines(
+                BaselinesConfig(
+                    data=str(tmp_path / "data"), out=tmp_path / "out", budget=120 + 1600, num_student_steps=numbers
+                )
+            )
     assert not (tmp_path / "out").exists()
 
 
