@@ -1,3 +1,4 @@
+import json
 import math
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from rich.progress import Progress
 from accvideo.analysis.baselines.dmd2 import fake_score_loss, student_loss
 from accvideo.analysis.baselines.perflow import solve, window_loss
 from accvideo.analysis.baselines.training import FACTORS, Budget, Recipe, train_baseline
-from accvideo.analysis.comparison import BaselinesConfig, baselines
+from accvideo.analysis.comparison import BaselinesConfig, Run, baselines, part_of, spent_evaluations, train
 from accvideo.inference.student_config import read_student_config
 from accvideo.student import load_student
 from accvideo.teacher import denoisers, load_pipeline
@@ -123,6 +124,21 @@ def test_consistency_lacks_the_factor_it_is_named_for(method: Any, tmp_path: Pat
     assert len(seen) >= 5 and places == (set(range(steps)) if all_levels else {0})
 
 
+def test_a_student_of_every_state_learns_from_the_whole_data_set(tmp_path: Path):
+    """The other methods see the key points of their K alone."""
+    folder = record_tiny(tmp_path)
+    config = BaselinesConfig(
+        data=str(tmp_path / "data"), out=tmp_path, budget=120 + 96, methods=("every_state",), batch_size=2
+    )
+    part = part_of(folder, (0, 2, 5), tmp_path / "cache")
+    student = train(config, Run("every_state", 2, 1e-3, 0), tmp_path / "cache", part)
+    found, sigmas = read_student_config(student), folder.manifest.key_sigmas.tolist()
+    assert found.recipe["every_state"]
+    assert json.loads((student / "config.json").read_text("utf-8"))["data"] == config.data
+    assert found.sigmas == [sigmas[0], sigmas[2], sigmas[5]]
+    assert found.recipe["num_iterations"] == 96 // (2 * 3) and spent_evaluations(student, part) == 120 + 96
+
+
 def test_a_budget_counts_samples():
     budget = Budget()
     budget.count(4, 3)
@@ -140,6 +156,13 @@ def test_what_is_missing_is_said_before_students_are_trained(tmp_path: Path):
                     data=str(tmp_path / "data"), out=tmp_path / "out", budget=120 + 1600, num_student_steps=numbers
                 )
             )
+    with pytest.raises(UserError, match="wants recorded states within the student's steps"):
+        baselines(
+            BaselinesConfig(
+                data=str(tmp_path / "data"), out=tmp_path / "out", budget=120 + 1600,
+                methods=("every_state",), num_student_steps=(2, 5), prompts=tmp_path / "prompts.txt",
+            )
+        )  # fmt: skip
     assert not (tmp_path / "out").exists()
 
 

@@ -370,6 +370,7 @@ def metrics_of(out: Path) -> list[dict[str, Any]]:
     [
         {"update": "alternating", "ema_decay": 0.8, "head_updates": 2},
         {"update": "joint", "full": True, "keep_best": True, "shared_head": True, "num_student_steps": (3, 1)},
+        {"every_state": True, "num_student_steps": (2,), "adversarial_start": 5},
         {"loss": "consistency", "num_student_steps": (1, 2), "adversarial_start": 4},
         {"loss": "correction", "num_student_steps": (2, 1), "full": True, "adversarial_weight": 0},
     ],

@@ -20,9 +20,19 @@ from accvideo.inference.student_config import read_student_config
 from accvideo.student import Student, load_student
 from accvideo.teacher import denoisers, load_pipeline
 from accvideo.training.recipe import DistillConfig
-from accvideo.training.start import start_training
-from accvideo.training.steps import Rollouts, Step, step_of_iteration, student_step, student_sweeps, student_velocity
-from accvideo.trajectory import collate_trajectories
+from accvideo.training.start import load_denoisers, start_training
+from accvideo.training.steps import (
+    Rollouts,
+    Step,
+    Training,
+    every_state_lesson,
+    paired_loss,
+    step_of_iteration,
+    student_step,
+    student_sweeps,
+    student_velocity,
+)
+from accvideo.trajectory import TrajectoryBatch, collate_trajectories
 from accvideo.types import UserError
 from tests.recorded import record_tiny
 from tests.test_distill import metrics_of, tensors_of
@@ -192,6 +202,79 @@ def test_one_step_is_taken_by_euler_teachers_too(tmp_path: Path):
     assert not folder.manifest.nested_schedule
     distill(config(folder, tmp_path / "student", 1, num_iterations=1, adversarial_weight=0.0))
     assert load_student(tmp_path / "student")[0].scheduler.config["sigmas"] == pytest.approx([1, 0], abs=1e-6)
+
+
+def starting(settings: DistillConfig, folder: TrajectoryFolder) -> tuple[Training, TrajectoryBatch]:
+    batch = collate_trajectories([folder[0], folder[1]])
+    return start_training(settings, load_denoisers(folder.manifest), folder.manifest.key_sigmas, [batch]), batch
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+@torch.no_grad()
+def test_every_state_of_a_step_is_set_out_from_and_all_lead_to_its_end(
+    folder: TrajectoryFolder, tmp_path: Path, is_told: bool
+):
+    training, batch = starting(config(folder, tmp_path / "student", 2), folder)
+    sigmas, step = folder.manifest.key_sigmas, Step(1, 4, is_told)
+    known = {float(paired_loss(training.student, batch, sigmas, Step(k, 4, is_told)).mean()): k for k in (1, 2, 3)}
+    assert len(known) == 3
+    drawn = [float(*every_state_lesson(training, [batch], sigmas, step)) for _ in range(150)]
+    counts = {state: [known[loss] for loss in drawn].count(state) for state in (1, 2, 3)}
+    assert sum(counts.values()) == 150 and min(counts.values()) > 25, counts
+
+
+@torch.no_grad()
+def test_a_step_without_states_between_is_learned_as_it_is(folder: TrajectoryFolder, tmp_path: Path):
+    training, batch = starting(config(folder, tmp_path / "student"), folder)
+    sigmas = folder.manifest.key_sigmas
+    for k in range(5):
+        [found] = every_state_lesson(training, [batch], sigmas, Step(k, k + 1))
+        assert found == paired_loss(training.student, batch, sigmas, Step(k, k + 1)).mean()
+
+
+@torch.no_grad()
+def test_an_exact_teacher_has_no_loss_from_the_last_state_of_a_step(tmp_path: Path):
+    """From there one step of the teacher's leads to the end: without guidance, its own velocity is the secant."""
+    folder = record_tiny(tmp_path, num_steps=4, num_student_steps=4, guidance_scale=1.0)
+    training, batch = starting(config(folder, tmp_path / "student", 2), folder)
+    losses = [float(*every_state_lesson(training, [batch], folder.manifest.key_sigmas, Step(0, 2))) for _ in range(20)]
+    last, first = min(losses), max(losses)
+    assert last < 1e-12 and first > 1e-6 and set(losses) == {first, last}
+
+
+@torch.no_grad()
+def test_of_a_step_in_which_the_teacher_changes_denoisers_the_states_of_the_first_are_drawn(tmp_path: Path):
+    folder = record_tiny(tmp_path, experts=2)
+    training, batch = starting(config(folder, tmp_path / "student", 1), folder)
+    change = next(k for k, name in enumerate(batch.denoisers) if name != batch.denoisers[0])
+    sigmas = folder.manifest.key_sigmas
+    allowed = {float(paired_loss(training.student, batch, sigmas, Step(k, 5)).mean()) for k in range(change)}
+    drawn = {float(*every_state_lesson(training, [batch], sigmas, Step(0, 5))) for _ in range(100)}
+    assert 1 < change < 5 and drawn == allowed
+
+
+@torch.no_grad()
+def test_the_same_state_is_drawn_for_all_parts_of_a_batch(folder: TrajectoryFolder, tmp_path: Path):
+    settings, sigmas = config(folder, tmp_path / "student", 1), folder.manifest.key_sigmas
+    training, whole = starting(settings, folder)
+    parts = [collate_trajectories([folder[number]]) for number in whole.indices]
+    found = [float(*every_state_lesson(training, [whole], sigmas, Step(0, 5))) for _ in range(8)]
+    training.rollouts = Rollouts(5, settings.seed)
+    cut = [float(torch.stack(list(every_state_lesson(training, parts, sigmas, Step(0, 5)))).mean()) for _ in range(8)]
+    assert len(set(found)) > 2 and cut == pytest.approx(found, rel=1e-5)
+
+
+def test_every_state_is_refused_where_there_are_none_between_or_another_loss_takes_none(
+    folder: TrajectoryFolder, tmp_path: Path
+):
+    for numbers in ((), (5,)):
+        with pytest.raises(UserError, match="each of the 5 steps recorded in .* is one of the student's"):
+            distill(config(folder, tmp_path / "student", *numbers, every_state=True))
+    with pytest.raises(UserError, match="every_state is of the trajectory loss, and loss is consistency"):
+        config(folder, tmp_path / "student", 2, every_state=True, loss="consistency")
+    assert not (tmp_path / "student").exists()
+    distill(config(folder, tmp_path / "student", 5, 1, every_state=True, num_iterations=2))
+    assert read_student_config(tmp_path / "student").recipe["every_state"]
 
 
 def test_a_number_given_twice_or_not_recorded_is_refused_before_anything_is_written(

@@ -41,6 +41,7 @@ from accvideo.training.steps import (
     Training,
     accumulate,
     add_means,
+    every_state_lesson,
     frozen,
     gradient,
     move_average,
@@ -316,7 +317,7 @@ def distill_together(config: DistillConfig) -> dict[str, Any]:
     chunks = [own[start : start + part_size] for start in range(0, len(own), part_size)]
     held_out = [to_device(collate_trajectories([folder[i] for i in chunk]), config.device) for chunk in chunks]
     sigmas = manifest.key_sigmas
-    lesson = recorded_lesson
+    lesson = every_state_lesson if config.every_state else recorded_lesson
     if config.loss != "trajectory":
         console.print(f"looking how {manifest.teacher} is guided")
         lesson = {"consistency": consistency_lesson, "correction": correction_lesson}[config.loss](config, folder)

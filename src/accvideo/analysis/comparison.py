@@ -30,7 +30,7 @@ from accvideo.reporting.wording import METRICS
 from accvideo.training.recipe import DistillConfig, fast_precision
 from accvideo.types import UserError
 
-Method = Literal["trajectory", "accvideo", "consistency"] | Baseline
+Method = Literal["trajectory", "every_state", "accvideo", "consistency"] | Baseline
 METHODS: tuple[Method, ...] = ("trajectory", "accvideo", "perflow", "consistency", "dmd2")
 
 WHOLE_TEACHER = "teacher"
@@ -56,8 +56,9 @@ class BaselinesConfig:
     budget: int
     """Denoiser evaluations for each student, for one sample each: forward 1, backward 2; the recording counts."""
     methods: tuple[Method, ...] = METHODS
-    """What to compare. "trajectory" is AccVideo without its adversarial half. Three that are not by default ask why
-    consistency differs from it: from recorded noise instead of fresh, at key points' levels alone, and both."""
+    """What to compare. "trajectory" is AccVideo without its adversarial half, "every_state" the same from all recorded
+    states: not by default, since it needs more of them than any K. Three more ask why consistency differs: from
+    recorded noise instead of fresh, at key points' levels alone, and both."""
     num_student_steps: tuple[int, ...] = ()
     """Numbers of steps K, for each those of the recorded states that lie evenly; none: as recorded."""
     num_seeds: int = 3
@@ -112,6 +113,7 @@ def baselines(config: BaselinesConfig) -> dict[str, Any]:
     recorded = folder.manifest.num_student_steps
     grids = [even_grid(recorded, number) for number in config.num_student_steps or (recorded,)]
     check_budget(config, folder)
+    check_states(config, recorded, grids)
     evaluation(config, Path(), config.num_prompts, seed=0).check_prompts(folder.manifest.teacher)
     settings = settings_of(config)
     cache = open_analysis(config.out, settings)
@@ -181,6 +183,20 @@ def check_budget(config: BaselinesConfig, folder: TrajectoryFolder) -> None:
         raise UserError(f"budget is {config.budget}; recording alone took {recording_of(folder)}, the least is {least}")
 
 
+def check_states(config: BaselinesConfig, recorded: int, grids: Sequence[Sequence[int]]) -> None:
+    """Refuses to compare students of every state where a student's steps leave none between them.
+
+    Raises:
+        UserError: as said.
+    """
+    if "every_state" in config.methods and max(map(len, grids)) - 1 == recorded:
+        raise UserError(
+            "every_state wants recorded states within the student's steps, and each of the "
+            f"{recorded} steps recorded in {config.data} is one of the student's\n"
+            "Give fewer --num-student-steps, record more key points, or leave every_state out of --methods"
+        )
+
+
 def choose_rates(
     config: BaselinesConfig, cache: Path, num_steps: int, folder: TrajectoryFolder
 ) -> tuple[list[dict[str, Any]], dict[Method, float]]:
@@ -207,24 +223,26 @@ def choose_rates(
 
 
 def train(config: BaselinesConfig, run: Run, cache: Path, folder: TrajectoryFolder) -> Path:
-    """Train a student of the key points of `folder`, unless it is there already; its own folder."""
+    """Train a student of the key points of `folder`, or of every state, unless it is there already; its own folder."""
     out, device = cache / run.name, choose_device(config.device)
     if (out / "student.json").exists():
         return out
-    if run.method in ("trajectory", "accvideo", "consistency"):
+    if run.method in ("trajectory", "every_state", "accvideo", "consistency"):
         left = config.budget - recording_of(folder)
         start = ADVERSARIAL_START if run.method == "accvideo" else 1.0
         lesson = lesson_evaluations("consistency" if run.method == "consistency" else "trajectory", folder.manifest)
         num_iterations = round(left / (config.batch_size * (lesson + (1 - start) * JUDGED)))
         distill(
             DistillConfig(
-                data=str(folder.path),
+                data=config.data if run.method == "every_state" else str(folder.path),
                 out=out,
+                num_student_steps=(run.num_steps,),
                 num_iterations=num_iterations,
                 batch_size=config.batch_size,
                 full=True,
                 learning_rate=run.learning_rate,
                 loss="consistency" if run.method == "consistency" else "trajectory",
+                every_state=run.method == "every_state",
                 adversarial_weight=0.1 if run.method == "accvideo" else 0.0,
                 adversarial_start=round(start * num_iterations),
                 num_validation=0,

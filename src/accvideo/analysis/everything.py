@@ -88,7 +88,7 @@ class Sizes:
     num_trial_prompts: int = 100
     figure_7: bool = False
     """Of the ablations, only the paper's own."""
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = (*METHODS, "every_state")
     method_steps: tuple[int, ...] = (STUDENT_STEPS, 2, 8)
     """Numbers of steps at which methods are compared; learning rates are tried at the first."""
     learning_rates: tuple[float, ...] = (5e-5, 2e-4, 8e-4)

@@ -77,6 +77,10 @@ class DistillConfig:
     but the videos; try it from a student of the first (--start-from), with half of its learning rate. Or "correction",
     for students of one or two steps that come from the first: their whole way from the recorded noise, and what the
     teacher would correct in their video beyond what it would in the recorded one (arXiv:2304.07090)."""
+    every_state: bool = False
+    """Of "trajectory": set out from any recorded state of a step, drawn each iteration, and not from its first alone.
+    No more work, but more states to record: as many key points as the disk allows, of which --num-student-steps are the
+    student's."""
     correction_levels: tuple[float, float] = (0.4, 0.7)
     """Of "correction": lowest and highest noise level to which videos are noised, 0 at the video and 1 at the noise;
     one of those between at which the teacher's own steps start is drawn each time."""
@@ -151,6 +155,11 @@ class DistillConfig:
             raise UserError(
                 f"update is shared, which leads the student back to recorded states, and loss is {self.loss}, which "
                 "does not\nLeave out one of them"
+            )
+        if self.loss != "trajectory" and self.every_state:
+            raise UserError(
+                f"every_state is of the trajectory loss, and loss is {self.loss}, which takes no recorded "
+                "states but noise and videos\nLeave out one of them"
             )
         low, high = self.correction_levels
         if not 0 < low <= high < 1:

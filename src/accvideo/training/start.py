@@ -25,7 +25,7 @@ from accvideo.teacher import fingerprint, teacher_path
 from accvideo.training.distributed import num_ranks
 from accvideo.training.recipe import DistillConfig
 from accvideo.training.sharding import sharder, spread_as
-from accvideo.training.steps import Rollouts, Training, set_weights
+from accvideo.training.steps import Rollouts, Training, set_weights, student_sweeps
 from accvideo.trajectory import TrajectoryBatch
 from accvideo.types import Sigmas, UserError
 
@@ -73,11 +73,19 @@ def start_training(
 
 
 def check_start(config: DistillConfig, manifest: Manifest) -> None:
-    """See that the student to start from, if there is one, trains the same weights, and a LoRA on the same teacher's.
+    """See that the data set, and the student to start from if there is one, are what the settings ask for.
 
     Raises:
-        UserError: it does not.
+        UserError: all recorded states begin a step of the student's, and `config.every_state` wants others too; or the
+            student to start from trains other weights, or a LoRA of another teacher.
     """
+    sweeps = student_sweeps(manifest.num_student_steps, config.num_student_steps)
+    if config.every_state and all(end - start == 1 for sweep in sweeps for start, end, _ in sweep):
+        raise UserError(
+            "every_state sets out from states within the student's steps, and each of the "
+            f"{manifest.num_student_steps} steps recorded in {config.data} is one of the student's\n"
+            "Give fewer --num-student-steps, or record more key points"
+        )
     if config.start_from is None:
         return
     theirs = read_student_config(student_folder(config.start_from))

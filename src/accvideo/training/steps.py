@@ -284,6 +284,20 @@ def recorded_lesson(
     return (paired_loss(training.student, part, sigmas, step).mean() for part in parts)
 
 
+def every_state_lesson(
+    training: Training, parts: Sequence[TrajectoryBatch], sigmas: Sigmas, step: Step
+) -> Iterator[Tensor]:
+    """The trajectory losses from a state that is drawn among all that were recorded within the step, to its end.
+
+    Each asks for the secant from there. Of a step in which the teacher changes denoisers, the states of the one that
+    takes the student's step are drawn: the other never has to take it.
+    """
+    denoisers = parts[0].denoisers
+    starts = [state for state in range(step.start, step.end) if denoisers[state] == denoisers[step.start]]
+    drawn = int(torch.randint(len(starts), (), generator=training.rollouts.generator))
+    return recorded_lesson(training, parts, sigmas, step._replace(start=starts[drawn]))
+
+
 def move_average(decay: float, training: Training) -> None:
     """Move the running mean of the weights towards them."""
     if training.average:
