@@ -330,7 +330,7 @@ def distill(preset: Preset, device: str, gpu: Gpu) -> dict[str, Any]:
     """Peak memory and seconds of iterations of LoRA distillation on one clip, measured and planned."""
     num_steps, call = preset.num_student_steps, filled(preset.call(), device)
     states = torch.randn(1, num_steps + 1, *preset.state_shape, device=device)
-    batch = TrajectoryBatch(states, (call,) * num_steps, ("transformer",) * num_steps, ("",), (0,))
+    batch = TrajectoryBatch(states, (call,) * num_steps, ("transformer",) * num_steps, ("",), (0,), states.device)
     config = DistillConfig(
         data="", out=Path(), num_iterations=NUM_ITERATIONS, batch_size=1, lora_rank=RANK, num_validation=0,
         adversarial_start=0, feature_layers=preset.feature_layers, gradient_checkpointing=True, device=device,

@@ -77,6 +77,19 @@ def test_heads_see_channels_of_mean_0_and_deviation_1(folder: TrajectoryFolder):
         assert torch.allclose(tokens.std(0, correction=0), torch.ones(tokens.shape[1]), atol=1e-4)
 
 
+def test_heads_are_only_where_steps_end(folder: TrajectoryFolder, batch: TrajectoryBatch):
+    """Of many recorded states a student of few steps wants few heads, and few features to measure."""
+    _, every = make(folder, batch)
+    _, some = make(folder, batch, keypoints=(1, 4))
+    assert len(some.heads) == 2 and torch.equal(some.center, every.center[[1, 4]])
+    for head, keypoint in zip(some.heads, (1, 4), strict=True):
+        every.heads[keypoint].load_state_dict(head.state_dict())
+        latents = batch.states[:, 2]
+        assert torch.equal(logits_of(some, latents, batch, keypoint), logits_of(every, latents, batch, keypoint))
+    with pytest.raises(KeyError):
+        logits_of(some, batch.states[:, 2], batch, 2)
+
+
 @pytest.mark.parametrize("rank", [4, None])
 def test_the_student_learns_through_a_frozen_teacher(
     folder: TrajectoryFolder, batch: TrajectoryBatch, rank: int | None

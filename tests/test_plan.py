@@ -187,7 +187,7 @@ def test_consistency_takes_three_calls_more_than_the_trajectory_loss():
     student = Student({"transformer": preset.denoiser.build()}, lora_rank=None, gradient_checkpointing=True)
     call, sigmas, trained = preset.call(), torch.linspace(1, 0, 3), list(student.parameters())
     states = meta(3, *preset.state_shape)
-    batch = TrajectoryBatch(states, (call, call), ("transformer",) * 2, ("",), (0,))
+    batch = TrajectoryBatch(states, (call, call), ("transformer",) * 2, ("",), (0,), states.device)
     teacher = GuidedTeacher(student, sigmas, Guidance({"transformer": 5.0}, call, tuple(call.tensors)))
     levels = [torch.full((1,), level, device="meta") for level in (0.8, 0.7)]
 

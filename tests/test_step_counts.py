@@ -253,6 +253,12 @@ def test_of_a_step_in_which_the_teacher_changes_denoisers_the_states_of_the_firs
     assert 1 < change < 5 and drawn == allowed
 
 
+def test_heads_are_only_where_a_step_of_the_students_ends(folder: TrajectoryFolder, tmp_path: Path):
+    training, _ = starting(config(folder, tmp_path / "student", 2, 1), folder)
+    assert training.discriminator is not None and training.discriminator.places == {1: 0, 4: 1}
+    assert len(training.discriminator.heads) == 2
+
+
 @torch.no_grad()
 def test_the_same_state_is_drawn_for_all_parts_of_a_batch(folder: TrajectoryFolder, tmp_path: Path):
     settings, sigmas = config(folder, tmp_path / "student", 1), folder.manifest.key_sigmas

@@ -140,6 +140,18 @@ def test_what_the_key_points_share_is_stored_once(tmp_path):
     assert batch.calls[0].tensors["encoder_hidden_states"] is batch.calls[1].tensors["encoder_hidden_states"]
 
 
+def test_a_device_gets_only_what_is_asked_for(tmp_path):
+    path = write_trajectory(tmp_path, make_trajectory(0))
+    batch = collate_trajectories([read_trajectory(path)] * 2)
+    moved = batch.to("meta")
+    state, call = moved.state(1), moved.call(1)
+    held = [state, *call.tensors.values(), *call.shared.values(), call.condition]
+    assert len(held) > 4 and {tensor.device.type for tensor in held} == {"meta"}
+    kept = [moved.states, *(tensor for call in moved.calls for tensor in call.tensors.values())]
+    assert {tensor.device.type for tensor in kept} == {"cpu"}
+    assert torch.equal(batch.state(-1), batch.states[:, -1])
+
+
 def test_every_flipped_bit_is_found(tmp_path):
     """One flip anywhere in the file, 600 of them, and the whole header."""
     path = write_trajectory(tmp_path, make_trajectory(0))

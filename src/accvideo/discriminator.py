@@ -71,6 +71,7 @@ class Discriminator(nn.Module):
         layers: blocks (from 1) that give the features where noise is left, and at the video; None: as above.
         kernel_size: of the heads' convolutions, 1 or 3.
         shared_head: one head for all key points (ablation c of the paper) instead of one each.
+        keypoints: student steps whose ends are judged; None: all of them.
     """
 
     def __init__(
@@ -81,41 +82,44 @@ class Discriminator(nn.Module):
         layers: tuple[int, int] | None = None,
         kernel_size: int = 1,
         shared_head: bool = False,
+        keypoints: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        num_keypoints = len(parts[0].calls)
+        judged = range(len(parts[0].calls)) if keypoints is None else keypoints
+        self.places = {keypoint: place for place, keypoint in enumerate(judged)}
         self.teacher_features = student.teacher_features
         self.layers = feature_layers(student, parts[0].denoisers, layers)
         self.state_shape = parts[0].states.shape[2:]
         self.final_timestep_ratio = float(sigmas[-1] / sigmas[-2])
-        rows = [[channel_moments(self.real_features(part, k)) for k in range(num_keypoints)] for part in parts]
+        rows = [[channel_moments(self.real_features(part, k)) for k in judged] for part in parts]
         means, variances = gather(torch.stack([torch.stack(row) for row in rows])).unbind(2)
         self.center: Tensor
         self.scale: Tensor
         self.register_buffer("center", means.mean(0))  # [key points, channels]
         self.register_buffer("scale", (variances.mean(0) + means.var(0, correction=0)).sqrt().clamp(min=1e-6))
         width = self.center.shape[1]
-        self.heads = nn.ModuleList(Head(width, kernel_size) for _ in range(1 if shared_head else num_keypoints))
+        self.heads = nn.ModuleList(Head(width, kernel_size) for _ in range(1 if shared_head else len(judged)))
 
     @torch.no_grad()
     def real_features(self, batch: TrajectoryBatch, keypoint: int) -> Tensor:
         """`features` of the recorded states that student step `keypoint` should lead to."""
-        return self.features(batch.states[:, keypoint + 1], batch, keypoint)
+        return self.features(batch.state(keypoint + 1), batch, keypoint)
 
     def features(self, latents: Latents, batch: TrajectoryBatch, keypoint: int) -> Tensor:
         """The teacher's float32 features `[batch, tokens, width]` of latents that student step `keypoint` led to."""
         if keypoint + 1 < len(batch.calls):
-            call, denoiser = batch.calls[keypoint + 1], batch.denoisers[keypoint + 1]
+            call, denoiser = batch.call(keypoint + 1), batch.denoisers[keypoint + 1]
         else:
-            call, denoiser = at_final_timestep(batch.calls[-1], self.final_timestep_ratio), batch.denoisers[-1]
+            call, denoiser = at_final_timestep(batch.call(-1), self.final_timestep_ratio), batch.denoisers[-1]
         return self.teacher_features(denoiser, call, latents, self.layers[keypoint]).float()
 
     def logits(self, features: Tensor, keypoint: int) -> Logits:
         """One logit a token for the features of latents that student step `keypoint` led to; above 0 is real."""
-        features = (features - self.center[keypoint]) / self.scale[keypoint]
+        place = self.places[keypoint]
+        features = (features - self.center[place]) / self.scale[place]
         frames, height, width = token_grid(features.shape[1], self.state_shape)
         images = features.reshape(-1, height, width, features.shape[-1]).permute(0, 3, 1, 2)
-        head = self.heads[keypoint % len(self.heads)]
+        head = self.heads[place % len(self.heads)]
         return head(images).reshape(len(features), frames * height * width)
 
 

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -243,16 +242,16 @@ def measure(
     losses, errors, samples = torch.zeros(sum(map(len, sweeps))), torch.zeros(()), []
     with weights(student, training.average):
         for batch in held_out:
-            number, latents = 0, batch.states[:, 0]
+            number, latents = 0, batch.state(0)
             for sweep in sweeps:
-                latents = batch.states[:, 0]
+                latents = batch.state(0)
                 for step in sweep:
                     losses[number] += paired_loss(student, batch, sigmas, step).sum().cpu()
                     latents, number = student_step(student, batch, latents, sigmas, step), number + 1
-                errors += trajectory_loss(latents, batch.states[:, -1]).sum().cpu() / len(sweeps)
+                errors += trajectory_loss(latents, batch.state(-1)).sum().cpu() / len(sweeps)
             samples.append(latents)
     *losses, error = (total(torch.cat([losses, errors[None]])) / (num_ranks() * sum(map(len, samples)))).tolist()
-    health = sample_health(gather(torch.cat(samples)), gather(torch.cat([batch.states[:, -1] for batch in held_out])))
+    health = sample_health(gather(torch.cat(samples)), gather(torch.cat([batch.state(-1) for batch in held_out])))
     return {"validation_loss": losses, "latent_error": error, **health}
 
 
@@ -311,11 +310,11 @@ def distill_together(config: DistillConfig) -> dict[str, Any]:
     def batches(start: int) -> Iterator[TrajectoryBatch]:
         first = start * config.accumulate
         parts = folder.batches(part_size, config.seed, first, indices, rank(), num_ranks())
-        return (to_device(part, config.device) for part in parts)
+        return (part.to(config.device) for part in parts)
 
     own = held_back[rank() :: num_ranks()]
     chunks = [own[start : start + part_size] for start in range(0, len(own), part_size)]
-    held_out = [to_device(collate_trajectories([folder[i] for i in chunk]), config.device) for chunk in chunks]
+    held_out = [collate_trajectories([folder[i] for i in chunk]).to(config.device) for chunk in chunks]
     sigmas = manifest.key_sigmas
     lesson = every_state_lesson if config.every_state else recorded_lesson
     if config.loss != "trajectory":
@@ -353,8 +352,3 @@ def distill_together(config: DistillConfig) -> dict[str, Any]:
     counts = {"num_iterations": training.iteration, "num_skipped": training.num_skipped}
     seconds = time.perf_counter() - began
     return {"folder": str(config.out), **counts, "seconds": seconds, **last_validation(metrics_path)}
-
-
-def to_device(batch: TrajectoryBatch, device: str) -> TrajectoryBatch:
-    """The same batch on a device."""
-    return replace(batch, states=batch.states.to(device), calls=tuple(call.to(device) for call in batch.calls))

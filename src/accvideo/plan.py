@@ -188,7 +188,7 @@ def training_cost(preset: Preset, *depths: int) -> Cost:
     nn.Module.to(student, torch.bfloat16)
     call, sigmas = preset.call(), torch.linspace(1, 0, 3)
     states = meta(3, *preset.state_shape, dtype=torch.float32)
-    batch = TrajectoryBatch(states, (call, call), ("transformer",) * 2, ("",), (0,))
+    batch = TrajectoryBatch(states, (call, call), ("transformer",) * 2, ("",), (0,), states.device)
     with torch.device("meta"), metered():
         discriminator = Discriminator(student, sigmas, [batch])
     trained, heads = list(student.parameters()), list(discriminator.heads.parameters())

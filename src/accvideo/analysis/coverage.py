@@ -9,7 +9,7 @@ share of the teacher's own new states are.
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -188,8 +188,7 @@ def follow_all(
                     begun = noised(moved, noise_of(config.seed, point, videos), sigma)
                     ends = []
                     for block in batches(len(indices), config.batch_size):
-                        batch = collate_trajectories([folder[indices[i]] for i in block])
-                        batch = replace(batch, calls=tuple(call.to(torch.device(device)) for call in batch.calls))
+                        batch = collate_trajectories([folder[indices[i]] for i in block]).to(device)
                         latents = begun[block.start : block.stop].to(device)
                         ends.append(follow(teacher, manifest, batch, latents, point).cpu())
                         progress.advance(bar, len(block))

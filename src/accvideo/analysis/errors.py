@@ -15,7 +15,6 @@ from accvideo.analysis.folder import open_analysis, origin, settings_of, write_r
 from accvideo.call import replay
 from accvideo.command import choose_device, progress_bar
 from accvideo.data.dataset import TrajectoryFolder
-from accvideo.distill import to_device
 from accvideo.flow import euler_step
 from accvideo.generate import batches
 from accvideo.inference.model import student_folder
@@ -131,12 +130,12 @@ def follow_student(
     ends: list[list[Latents]] = [[] for _ in points]
     step_errors = torch.zeros(len(points) - 1)
     for block in batches(len(indices), batch_size):
-        batch = to_device(collate_trajectories([folder[indices[i]] for i in block]), device)
+        batch = collate_trajectories([folder[indices[i]] for i in block]).to(device)
         for k in range(len(points)):
             states = take_over(modules, batch, folder.manifest.key_sigmas.tolist(), points[k:])
             ends[k].append(states[-1].cpu())
             if k + 1 < len(points):
-                missed = states[1] - batch.states[:, points[k + 1]]
+                missed = states[1] - batch.state(points[k + 1])
                 step_errors[k] += missed.square().mean().cpu() * len(block) / len(indices)
         progress.advance(bar, len(block))
     reached = [torch.cat(each) for each in ends]
@@ -158,9 +157,9 @@ def take_over(
     modules: Mapping[str, torch.nn.Module], batch: TrajectoryBatch, sigmas: Sequence[float], points: Sequence[int]
 ) -> list[Latents]:
     """The states of a student that goes from the recorded state at the first of some key points to the last."""
-    states = [batch.states[:, points[0]]]
+    states = [batch.state(points[0])]
     for start, end in zip(points[:-1], points[1:], strict=True):
-        velocity = replay(modules[batch.denoisers[start]], batch.calls[start], states[-1])
+        velocity = replay(modules[batch.denoisers[start]], batch.call(start), states[-1])
         states.append(euler_step(states[-1], velocity, sigmas[start], sigmas[end]))
     return states
 

@@ -81,7 +81,7 @@ class ConsistencyLesson:
         levels = levels.to(noises[0].device)
         for part, noise, place in zip(parts, noises, places, strict=True):
             fields = student_field(training.student, part, sigmas, step), teacher.field(part, step.start, name)
-            video, noise = (noise, part.states[:, -1]) if upwards else (part.states[:, -1], noise)
+            video, noise = (noise, part.state(-1)) if upwards else (part.state(-1), noise)
             chosen = levels[place], levels[place + 1]
             yield consistency_loss(*fields, video, noise, *chosen, end=float(sigmas[step.end])).mean()
 
@@ -91,9 +91,9 @@ def student_field(student: Student, batch: TrajectoryBatch, sigmas: Sigmas, step
     recorded, end = (float(sigma) for sigma in sigmas[[step.start, step.end]])
 
     def velocity(latents: Latents, sigma: Tensor) -> Latents:
-        call = at_level(batch.calls[step.start], recorded, sigma)
+        call = at_level(batch.call(step.start), recorded, sigma)
         if is_told(student, step):
-            final = at_level(batch.calls[step.start], recorded, torch.full_like(sigma, end))
+            final = at_level(batch.call(step.start), recorded, torch.full_like(sigma, end))
             told = told_timestep(call.tensors["timestep"], final.tensors["timestep"])
             call = replace(call, tensors=call.tensors | {"timestep": told})
         return student.velocity(batch.denoisers[step.start], call, latents)

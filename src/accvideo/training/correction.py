@@ -56,12 +56,12 @@ class CorrectionLesson:
         level, name, keypoint = self.levels[int(torch.randint(len(self.levels), (), generator=generator))]
         teacher = GuidedTeacher(training.student, sigmas, self.guidance)
         for part, noise in zip(parts, noises, strict=True):
-            video = part.states[:, 0]
+            video = part.state(0)
             for each in sweep_of_iteration(self.sweeps, training.iteration):
                 video = student_step(training.student, part, video, sigmas, each)
             field = teacher.field(part, keypoint, name)
             corrected = partial(predicted_again, field, noise, level, upwards=bool(sigmas[0] < sigmas[-1]))
-            yield correction_loss(video, part.states[:, -1], corrected).mean()
+            yield correction_loss(video, part.state(-1), corrected).mean()
 
 
 def predicted_again(field: Field, noise: Latents, level: float, video: Latents, upwards: bool = False) -> Latents:

@@ -88,7 +88,7 @@ class GuidedTeacher:
 
         @torch.no_grad()
         def velocity(latents: Latents, sigma: Tensor) -> Latents:
-            call = at_level(batch.calls[keypoint], recorded, sigma)
+            call = at_level(batch.call(keypoint), recorded, sigma)
             with self.student.arithmetic(), self.student.without_adapters():
                 conditional = replay(self.student.teachers[name], call, latents)
                 if self.guidance is None:

@@ -55,8 +55,10 @@ def start_training(
         )
         discriminator = None
         if adversarial:
+            sweeps = student_sweeps(len(sigmas) - 1, config.num_student_steps)
+            ends = sorted({step.end - 1 for sweep in sweeps for step in sweep})
             discriminator = Discriminator(
-                student, sigmas, parts, config.feature_layers, config.head_kernel, config.shared_head
+                student, sigmas, parts, config.feature_layers, config.head_kernel, config.shared_head, ends
             ).to(device)
     trained = student.trained()
     if config.start_from is not None:

@@ -78,7 +78,7 @@ def sweep_of_iteration(sweeps: Sequence[Sweep], iteration: int) -> Sweep:
 
 def student_velocity(student: Student, batch: TrajectoryBatch, latents: Latents, sigmas: Sigmas, step: Step) -> Latents:
     """The student's velocity at the start of a step."""
-    call = told_call(batch.calls, sigmas, step) if is_told(student, step) else batch.calls[step.start]
+    call = told_call(batch, sigmas, step) if is_told(student, step) else batch.call(step.start)
     return student.velocity(batch.denoisers[step.start], call, latents)
 
 
@@ -87,17 +87,18 @@ def is_told(student: Student, step: Step) -> bool:
     return step.is_told and len(student.denoisers) == 1
 
 
-def told_call(calls: Sequence[DenoiserCall], sigmas: Sigmas, step: Step) -> DenoiserCall:
+def told_call(batch: TrajectoryBatch, sigmas: Sigmas, step: Step) -> DenoiserCall:
     """The call at the start of a step, told by its timestep how far the step goes: see `student.told_timestep`."""
+    calls = batch.calls
     start = calls[step.start]
     end = calls[step.end] if step.end < len(calls) else at_final_timestep(calls[-1], float(sigmas[-1] / sigmas[-2]))
     moved = told_timestep(start.tensors["timestep"], end.tensors["timestep"])
-    return replace(start, tensors=start.tensors | {"timestep": moved})
+    return replace(start, tensors=start.tensors | {"timestep": moved}).to(batch.device)
 
 
 def paired_loss(student: Student, batch: TrajectoryBatch, sigmas: Sigmas, step: Step) -> PerSample:
     """The trajectory loss of a step from a recorded state to a later one."""
-    latents, next_latents = batch.states[:, step.start], batch.states[:, step.end]
+    latents, next_latents = batch.state(step.start), batch.state(step.end)
     target = secant_velocity(latents, next_latents, *levels(sigmas, step))
     return trajectory_loss(student_velocity(student, batch, latents, sigmas, step), target)
 
@@ -110,7 +111,7 @@ def rejoining_loss(rollout: "Rollout", sigmas: Sigmas, step: Step) -> PerSample:
     """
     sigma, next_sigma = levels(sigmas, step)
     # Two velocities from the same latents differ by the difference of where they lead to, over the gap.
-    return trajectory_loss(rollout.latents, rollout.batch.states[:, step.end]) / (next_sigma - sigma) ** 2
+    return trajectory_loss(rollout.latents, rollout.batch.state(step.end)) / (next_sigma - sigma) ** 2
 
 
 def student_step(student: Student, batch: TrajectoryBatch, latents: Latents, sigmas: Sigmas, step: Step) -> Latents:
@@ -197,7 +198,7 @@ def drawn_rows(parts: Sequence[TrajectoryBatch], draw: Callable[[int], Tensor]) 
     """
     size, numbers = len(parts[0].states), own_parts(len(parts))
     drawn = draw(size * numbers.step * len(parts)).split(size)
-    return [drawn[number].to(parts[0].states.device) for number in numbers]
+    return [drawn[number].to(parts[0].device) for number in numbers]
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ class Rollouts:
         """
         for queue in self.queues:
             queue.clear()
-        noises = [part.states[:, 0] for part in parts]
+        noises = [part.state(0) for part in parts]
         if fresh:
             shape = noises[0].shape[1:]
             noises = drawn_rows(parts, lambda rows: torch.randn(rows, *shape, generator=self.generator))
@@ -389,7 +390,7 @@ def restore(checkpoint: Checkpoint | None, training: Training, batches: Batches,
         for i, number in enumerate(numbers):
             for part, batch in zip(own_parts(num_parts), batches(number), strict=False):
                 start, size = part * len(batch.states), len(batch.states)
-                latents = checkpoint.read(f"rollouts/{k}.{i}", start, start + size).to(batch.states.device)
+                latents = checkpoint.read(f"rollouts/{k}.{i}", start, start + size).to(batch.device)
                 training.rollouts.queues[k].append(Rollout(latents, batch, number))
     for name, value in state.items():
         setattr(training, name, value)

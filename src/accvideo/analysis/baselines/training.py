@@ -19,7 +19,6 @@ from accvideo.call import DenoiserCall, denoiser_blocks, layer_features, replay_
 from accvideo.data.dataset import TrajectoryFolder
 from accvideo.data.manifest import Manifest
 from accvideo.discriminator import Head, token_grid
-from accvideo.distill import to_device
 from accvideo.flow import euler_step, noised
 from accvideo.inference.student_config import student_config
 from accvideo.losses import cross_entropy_head_loss
@@ -109,7 +108,7 @@ class Setting:
         recorded = float(self.manifest.key_sigmas[keypoint])
 
         def velocity(latents: Latents, sigma: Tensor) -> Latents:
-            call = at_level(batch.calls[keypoint], recorded, sigma)
+            call = at_level(batch.call(keypoint), recorded, sigma)
             return (student or self.student).velocity(batch.denoisers[keypoint], call, latents)
 
         return self.budget.counted(velocity, lambda: 3 if torch.is_grad_enabled() else 1)
@@ -137,7 +136,7 @@ def train_baseline(recipe: Recipe, data: str, out: Path, progress: Progress) -> 
     setting = start(recipe, folder)
     make = {"perflow": perflow, "dmd2": dmd2, **dict.fromkeys(FACTORS, consistency)}[recipe.method]
     batches = folder.batches(recipe.batch_size, recipe.seed)
-    first = to_device(next(batches), recipe.device)
+    first = next(batches).to(recipe.device)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         update = make(setting, first)
@@ -146,7 +145,7 @@ def train_baseline(recipe: Recipe, data: str, out: Path, progress: Progress) -> 
     while setting.budget.spent < recipe.budget:
         for group in setting.optimizer.param_groups:
             group["lr"] = recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * setting.budget.spent / recipe.budget))
-        update(iteration, to_device(next(batches), recipe.device))
+        update(iteration, next(batches).to(recipe.device))
         progress.update(bar, completed=setting.budget.spent)
         iteration += 1
     spent = {"num_iterations": iteration, "evaluations": setting.budget.spent}
@@ -201,7 +200,7 @@ def perflow(setting: Setting, first: TrajectoryBatch) -> Update:
 
     def update(iteration: int, batch: TrajectoryBatch) -> Tensor:
         keypoint = iteration % (len(points) - 1)
-        video = batch.states[:, -1]
+        video = batch.state(-1)
         levels = sigmas[points[keypoint] : points[keypoint + 1] + 1].to(video.device)
         fields = setting.field(batch, keypoint), setting.teacher_field(batch, keypoint)
         loss = window_loss(*fields, video, setting.noise(video), levels)
@@ -216,7 +215,7 @@ def consistency(setting: Setting, first: TrajectoryBatch) -> Update:
 
     def update(iteration: int, batch: TrajectoryBatch) -> Tensor:
         keypoint = iteration % setting.manifest.num_student_steps
-        video, recorded = batch.states[:, -1], batch.states[:, 0]
+        video, recorded = batch.state(-1), batch.state(0)
         levels = torch.tensor(setting.levels[keypoint])
         place = torch.randint(len(levels) - 1 if all_levels else 1, (len(video),), generator=setting.generator)
         loss = consistency_loss(
@@ -251,7 +250,7 @@ def dmd2(setting: Setting, first: TrajectoryBatch) -> Update:
     layer = {name: len(denoiser_blocks(module)) for name, module in fake.denoisers.items()}
 
     def call_at(batch: TrajectoryBatch, window: int, sigma: Tensor) -> DenoiserCall:
-        return at_level(batch.calls[window], float(key_sigmas[window]), sigma)
+        return at_level(batch.call(window), float(key_sigmas[window]), sigma)
 
     def features(batch: TrajectoryBatch, window: int, latents: Latents, sigma: Tensor) -> Tensor:
         budget.count(len(latents), 3 if torch.is_grad_enabled() else 1)
@@ -279,7 +278,7 @@ def dmd2(setting: Setting, first: TrajectoryBatch) -> Update:
 
     # As AccVideo's own heads, this one sees channels of mean 0 and deviation 1: see `Discriminator`.
     with torch.no_grad():
-        video, noise = first.states[:, -1], setting.noise(first.states[:, -1])
+        video, noise = first.state(-1), setting.noise(first.state(-1))
         levels = [setting.levels_between(window, len(video), video.device) for window in range(num_steps)]
         seen = torch.cat(
             [features(first, window, noised(video, noise, level), level) for window, level in enumerate(levels)]
@@ -289,7 +288,7 @@ def dmd2(setting: Setting, first: TrajectoryBatch) -> Update:
     optimizer = AdamW([*fake.trained().values(), *head.parameters()], lr=recipe.learning_rate, weight_decay=0.0)
 
     def generate(keypoint: int, batch: TrajectoryBatch) -> Latents:
-        latents = setting.noise(batch.states[:, 0])
+        latents = setting.noise(batch.state(0))
         with torch.no_grad():
             for earlier in range(keypoint):
                 sigma, next_sigma = (float(level) for level in key_sigmas[earlier : earlier + 2])
@@ -301,7 +300,7 @@ def dmd2(setting: Setting, first: TrajectoryBatch) -> Update:
         return predicted_video(latents, setting.field(batch, keypoint)(latents, sigma), sigma)
 
     def update(iteration: int, batch: TrajectoryBatch) -> Tensor:
-        real_video = batch.states[:, -1]
+        real_video = batch.state(-1)
         size, device = len(real_video), real_video.device
         for number in range(recipe.fake_updates):
             with torch.no_grad():
