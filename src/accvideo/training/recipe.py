@@ -78,9 +78,8 @@ class DistillConfig:
     for students of one or two steps that come from the first: their whole way from the recorded noise, and what the
     teacher would correct in their video beyond what it would in the recorded one (arXiv:2304.07090)."""
     every_state: bool = False
-    """Of "trajectory": set out from any recorded state of a step, drawn each iteration, and not from its first alone.
-    No more work, but more states to record: as many key points as the disk allows, of which --num-student-steps are the
-    student's."""
+    """Of "trajectory": set out from any recorded state within a step, drawn for each iteration, and not from its first
+    alone. No more work; record more key points than --num-student-steps: twice as many help, all of them help more."""
     correction_levels: tuple[float, float] = (0.4, 0.7)
     """Of "correction": lowest and highest noise level to which videos are noised, 0 at the video and 1 at the noise;
     one of those between at which the teacher's own steps start is drawn each time."""
