@@ -228,10 +228,11 @@ class Rollouts:
         """
         for queue in self.queues:
             queue.clear()
-        noises = [part.state(0) for part in parts]
         if fresh:
-            shape = noises[0].shape[1:]
+            shape = parts[0].states.shape[2:]
             noises = drawn_rows(parts, lambda rows: torch.randn(rows, *shape, generator=self.generator))
+        else:
+            noises = [part.state(0) for part in parts]
         self.queues[0] += [Rollout(noise, part, number) for noise, part in zip(noises, parts, strict=True)]
 
     @torch.no_grad()
