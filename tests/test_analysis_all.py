@@ -91,10 +91,10 @@ def test_students_of_the_best_learning_rate_are_not_trained_twice():
     one, two = (
         baselines_part(Sizes(num_seeds=3, learning_rates=rates), PLACE).work for rates in ((1e-4,), (1e-4, 2e-4))
     )
-    assert one.trained == 5 * 3 * 3 * Sizes().training_budget  # methods, numbers of steps, seeds
+    assert one.trained == 6 * 3 * 3 * Sizes().training_budget  # methods, numbers of steps, seeds
     # One more student a method, and both tried, beside the teacher at 50 steps and in four ways at 5.
-    assert two.trained - one.trained == 5 * Sizes().training_budget
-    assert two.sampled - one.sampled == 5 * 2 * 100 * 5 + 100 * (100 + 10 + 5 + 4 + 10)
+    assert two.trained - one.trained == 6 * Sizes().training_budget
+    assert two.sampled - one.sampled == 6 * 2 * 100 * 5 + 100 * (100 + 10 + 5 + 4 + 10)
 
 
 def test_a_page_is_filled_between_its_marks_and_again(tmp_path: Path):
