@@ -19,7 +19,7 @@ from accvideo.analysis.steps import (
     steps_figure,
     steps_table,
 )
-from accvideo.analysis.students import curves_panel
+from accvideo.analysis.students import curves_of, curves_panel
 from accvideo.inference.student_config import read_student_config
 from accvideo.reporting.wording import METRICS
 from accvideo.types import UserError
@@ -101,6 +101,13 @@ def test_what_is_always_right_is_drawn_below_100_percent():
     assert (ticks[0], ticks[-1]) == (99, 100) and [name for name, _ in panel.keys] == ["a", "teacher"]
     low = curves_panel("all_right", {"a": {1: [90.0], 5: [95.0]}}, ("teacher", [10.0]))
     assert [name for name, _ in low.keys] == ["a"]  # a level far off is left out
+    near = curves_panel("all_right", {"a": {1: [90.0], 5: [95.0]}}, ("teacher", [96.0]))
+    assert [name for name, _ in near.keys] == ["a", "teacher"]
+
+
+def test_curves_rise_with_the_number_of_steps_in_whatever_order_they_were_trained():
+    rows = [{"name": "a", "num_student_steps": k, "metrics": {"all_right": [k / 10]}} for k in (5, 2, 8)]
+    assert [*curves_of("all_right", rows)["a"].items()] == [(2, [20.0]), (5, [50.0]), (8, [80.0])]
 
 
 @pytest.mark.slow

@@ -298,16 +298,18 @@ def baselines_table(results: Mapping[str, Any]) -> str:
 
 
 def baselines_figure(results: Mapping[str, Any]) -> str:
-    """A line a row or, of several numbers of steps, each metric against them."""
+    """A line a row or, of several numbers of steps, each method's metrics against them.
+
+    The teacher at so few steps is in the table: in the figure, methods would lie on one another below it.
+    """
     rows = results["rows"]
     if len({row["num_student_steps"] for row in rows}) == 1:
         return metric_figure(rows)
-    shown = ["teacher_few", *results["learning_rates"]]
     panels = []
     for name in METRICS:
         curves = curves_of(name, rows)
         level = next(((WHOLE_TEACHER, values) for values in curves.get(WHOLE_TEACHER, {}).values()), None)
-        own = {kind: curves[kind] for kind in shown if kind in curves}
+        own = {method: curves[method] for method in results["learning_rates"] if method in curves}
         if own:
             panels.append(curves_panel(name, own, level, dodge=4))
     return figure(panels)

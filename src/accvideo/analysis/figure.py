@@ -12,10 +12,12 @@ WIDTH, CHART_HEIGHT, HEAD, KEY_HEIGHT, GAP = 440, 272, 40, 18, 24
 
 STYLE = """
 :root { color-scheme: light dark; --page: #ffffff; --ink: #1d2126; --muted: #5d6671; --line: #dedcd6;
-  --row-0: #3c4653; --row-1: #2b6cb0; --row-2: #c2570c; --row-3: #0b7a55; --row-4: #8244b8; --row-5: #8a6d1a; }
+  --row-0: #3c4653; --row-1: #2b6cb0; --row-2: #c2570c; --row-3: #0b7a55; --row-4: #8244b8; --row-5: #8a6d1a;
+  --row-6: #b3366b; }
 @media (prefers-color-scheme: dark) {
   :root { --page: #111417; --ink: #e9ebee; --muted: #9aa4b0; --line: #2d333b;
-    --row-0: #c3ccd6; --row-1: #6cb0f2; --row-2: #f79a54; --row-3: #4fd1a1; --row-4: #c594f0; --row-5: #dcc067; } }
+    --row-0: #c3ccd6; --row-1: #6cb0f2; --row-2: #f79a54; --row-3: #4fd1a1; --row-4: #c594f0; --row-5: #dcc067;
+    --row-6: #f28cb4; } }
 text { font: 12px system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; fill: var(--muted); }
 text.head { font-size: 14px; font-weight: 600; fill: var(--ink); }
 .axis { stroke: var(--line); stroke-width: 1; }
@@ -36,8 +38,8 @@ class Panel:
 
 
 def color(index: int) -> str:
-    """One of six colors, the same as in the report."""
-    return f"var(--row-{index % 6})"
+    """One of seven colors, of which six are the report's."""
+    return f"var(--row-{index % 7})"
 
 
 def figure(panels: Sequence[Panel], num_columns: int = 2) -> str:

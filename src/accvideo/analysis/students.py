@@ -297,9 +297,9 @@ def metric_panel(name: str, rows: Sequence[Row]) -> Panel:
 
 
 def curves_of(name: str, rows: Sequence[Row]) -> dict[str, dict[float, list[float]]]:
-    """A metric by the name of a row and its `num_student_steps`, in the unit of the report."""
+    """A metric by the name of a row and its `num_student_steps`, which rise, in the unit of the report."""
     curves: dict[str, dict[float, list[float]]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["num_student_steps"]):
         if name in row["metrics"]:
             curves.setdefault(row["name"], {})[row["num_student_steps"]] = scaled(name, row["metrics"][name])
     return curves
@@ -316,18 +316,23 @@ def curves_panel(
     Args:
         name: of the metric.
         curves: as `curves_of` makes them.
-        level: name and values of what has no number of steps to stand at: a level line, if it is as high as the curves.
+        level: name and values of what has no number of steps to stand at: a level line, unless it is further from the
+            curves than they reach.
         dodge: see `spread_curves`.
     """
     title, unit = METRICS[name]
     most = 100 if unit == "%" else math.inf
-    ticks = whisker_ticks((values for curve in curves.values() for values in curve.values()), most)
+    shown = [values for curve in curves.values() for values in curve.values()]
+    low, high = min(map(statistics.fmean, shown)), max(map(statistics.fmean, shown))
+    height = statistics.fmean(level[1]) if level else math.inf
+    is_near = low - (high - low) <= height <= high + (high - low)
+    ticks = whisker_ticks([*shown, [height]] if is_near else shown, most)
     numbers = sorted({number for curve in curves.values() for number in curve})
     edges = (numbers[0] / 1.2, numbers[-1] * 1.2)
     plot = Plot(edges, (ticks[0], ticks[-1]), x_log=True)
     marks = spread_curves(plot, curves, dodge=dodge)
     keys = [(kind, color(number)) for number, kind in enumerate(curves)]
-    if level and ticks[0] <= (height := statistics.fmean(level[1])) <= ticks[-1]:
+    if level and is_near:
         marks += polyline(plot, [(edge, height) for edge in edges], "var(--ink)", 1, 0.6)
         keys.append((level[0], "var(--ink)"))
     return Panel(title, unit, plot.svg(marks, "steps (logarithmic)", ticks, numbers, title), keys)
