@@ -156,7 +156,7 @@ def test_what_is_missing_is_said_before_students_are_trained(tmp_path: Path):
                     data=str(tmp_path / "data"), out=tmp_path / "out", budget=120 + 1600, num_student_steps=numbers
                 )
             )
-    with pytest.raises(UserError, match="wants recorded states within the student's steps"):
+    with pytest.raises(UserError, match="each of the 5 steps recorded in .* is one of the student's"):
         baselines(
             BaselinesConfig(
                 data=str(tmp_path / "data"), out=tmp_path / "out", budget=120 + 1600,

@@ -79,7 +79,8 @@ class DistillConfig:
     teacher would correct in their video beyond what it would in the recorded one (arXiv:2304.07090)."""
     every_state: bool = False
     """Of "trajectory": set out from any recorded state within a step, drawn for each iteration, and not from its first
-    alone. No more work; record more key points than --num-student-steps: twice as many help, all of them help more."""
+    alone. No more work, but more key points to record than --num-student-steps. On the playground it helps five steps,
+    and not two. With update "shared", until the adversarial half takes part."""
     correction_levels: tuple[float, float] = (0.4, 0.7)
     """Of "correction": lowest and highest noise level to which videos are noised, 0 at the video and 1 at the noise;
     one of those between at which the teacher's own steps start is drawn each time."""

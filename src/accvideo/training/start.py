@@ -81,13 +81,8 @@ def check_start(config: DistillConfig, manifest: Manifest) -> None:
         UserError: all recorded states begin a step of the student's, and `config.every_state` wants others too; or the
             student to start from trains other weights, or a LoRA of another teacher.
     """
-    sweeps = student_sweeps(manifest.num_student_steps, config.num_student_steps)
-    if config.every_state and all(end - start == 1 for sweep in sweeps for start, end, _ in sweep):
-        raise UserError(
-            "every_state sets out from states within the student's steps, and each of the "
-            f"{manifest.num_student_steps} steps recorded in {config.data} is one of the student's\n"
-            "Give fewer --num-student-steps, or record more key points"
-        )
+    if config.every_state:
+        check_states(config.data, manifest.num_student_steps, config.num_student_steps)
     if config.start_from is None:
         return
     theirs = read_student_config(student_folder(config.start_from))
@@ -98,6 +93,21 @@ def check_start(config: DistillConfig, manifest: Manifest) -> None:
         raise UserError(
             f"{config.start_from} is a LoRA for {theirs.teacher}, and {config.data} is of {manifest.teacher}: "
             "their denoisers differ\nGive --start-from a student of this teacher, or leave it out"
+        )
+
+
+def check_states(data: str, num_keypoint_steps: int, num_student_steps: Sequence[int]) -> None:
+    """See that some of the student's steps have recorded states within them, for `every_state` to set out from.
+
+    Raises:
+        UserError: none has.
+    """
+    sweeps = student_sweeps(num_keypoint_steps, num_student_steps)
+    if all(step.end - step.start == 1 for sweep in sweeps for step in sweep):
+        raise UserError(
+            "every_state sets out from states within the student's steps, and each of the "
+            f"{num_keypoint_steps} steps recorded in {data} is one of the student's\n"
+            "Give fewer --num-student-steps, or record more key points"
         )
 
 
