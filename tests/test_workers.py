@@ -1,12 +1,16 @@
 """Of those who want a piece of work one gets it, whoever dies at whatever moment."""
 
+import errno
 import json
 import os
 import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import psutil
@@ -154,6 +158,44 @@ def test_the_claim_of_a_killed_process_is_free_at_once(tmp_path):
         time.sleep(0.01)
     assert taken
     end_of(pid)
+
+
+@pytest.mark.parametrize("can_link", [True, False])
+def test_a_claim_is_free_at_whatever_moment_its_taker_was_killed(tmp_path, monkeypatch, can_link):
+    """Before each call that taking it makes, and each return; where files cannot be linked, but for one moment."""
+
+    def take_and_die(moment: int) -> None:
+        moments = count(1)
+
+        def look(*_: object) -> None:
+            if next(moments) == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        claims = Claims(tmp_path, "w")
+        sys.setprofile(look)
+        claims.take("block-1")
+        sys.setprofile(None)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    if not can_link:
+        monkeypatch.setattr(os, "link", refuse)
+    lost = 0
+    for moment in count(1):
+        ended, claims = end_of(fork(partial(take_and_die, moment))), Claims(tmp_path, "w")
+        free = claims.take("block-1")
+        lost += not free
+        claims.close()
+        for path in () if free else tmp_path.iterdir():
+            path.unlink()
+        claims.sweep()
+        assert list(tmp_path.iterdir()) == []
+        if ended == 0:
+            break
+        assert ended == -signal.SIGKILL
+    assert moment > 20
+    assert lost == 0 if can_link else lost > 0
 
 
 def test_the_claim_of_another_machine_is_free_once_it_is_silent(tmp_path):

@@ -180,12 +180,10 @@ class Claims:
         path = self.folder / f".{name}.claim"
         try:
             while True:
-                with suppress(FileExistsError):
-                    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-                    self._held.add(path)
-                    with os.fdopen(descriptor, "w") as file:
-                        file.write(self._text)
-                    return True
+                if not os.path.lexists(path):
+                    with suppress(FileExistsError):
+                        self._make(path)
+                        return True
                 if not self._clear(path):
                     return False
         except OSError as error:
@@ -234,6 +232,28 @@ class Claims:
         self._closed.set()
         for path in list(self._held):
             self._remove(path)
+
+    def _make(self, path: Path) -> None:
+        """Makes a claim that says from its first moment on whose it is, so that a kill leaves none of nobody.
+
+        Raises:
+            FileExistsError: another has.
+        """
+        whole = path.with_name(f"{path.name}{self.writer}.tmp")
+        try:
+            with whole.open("x") as file:
+                file.write(self._text)
+            try:
+                os.link(whole, path)
+            except FileExistsError:
+                raise
+            except OSError:  # a file system without links
+                with path.open("x") as file:
+                    self._held.add(path)
+                    file.write(self._text)
+            self._held.add(path)
+        finally:
+            whole.unlink(missing_ok=True)
 
     def _remove(self, path: Path) -> None:
         self._held.discard(path)
