@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
@@ -308,6 +308,7 @@ def test_images_of_anybody_are_refused_or_gathered(tmp_path_factory: pytest.Temp
 
 @settings(max_examples=200, deadline=None)
 @given(JSON | st.text(LETTERS, max_size=4) | st.dates() | st.decimals(), EDITS | st.just([]), st.booleans(), ENDS)
+@example("\r0", [], False, ".csv")
 def test_parquet_of_anybody_is_refused_or_gathered(tmp_path_factory: pytest.TempPathFactory, value, edits, skip, out):
     """Any value in a column, and bytes of the file changed."""
     table, size = io.BytesIO(), None

@@ -417,7 +417,8 @@ def write_prompts(path: Path, chosen: Sequence[Prompt]) -> None:
     elif suffix == ".csv":
         columns = list(dict.fromkeys(name for row in rows for name in row))
         sink = io.StringIO(newline="")
-        writer = csv.DictWriter(sink, columns, lineterminator="\n")
+        # All is quoted: before Python 3.13 a lone carriage return would not be, and would end the row when it is read.
+        writer = csv.DictWriter(sink, columns, lineterminator="\n", quoting=csv.QUOTE_ALL)
         writer.writeheader()
         writer.writerows({k: v if isinstance(v, str) else json.dumps(v) for k, v in row.items()} for row in rows)
         text = sink.getvalue()
