@@ -12,6 +12,7 @@ import copy
 import json
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
@@ -40,6 +41,8 @@ from accvideo.playground.networks import (
 )
 from accvideo.playground.remake import NUM_STEPS, load_remaker, remade
 from accvideo.playground.updates import Graphed, adamw, minimize, move_averages, muon, schedule, set_learning_rate
+from accvideo.training.recipe import fast_precision
+from accvideo.training.start import arithmetic
 from accvideo.trajectory import write_whole
 from accvideo.types import UserError
 
@@ -175,7 +178,7 @@ def train_denoiser(
         denoiser.compile_repeated_blocks(fullgraph=True, dynamic=False)
 
     def update(latents: Tensor, noise: Tensor, sigma: Tensor, tokens: Tensor, *, length: int) -> dict[str, Tensor]:
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with _arithmetic(device):
             velocity = denoiser(
                 hidden_states=torch.lerp(latents, noise, sigma.view(-1, 1, 1, 1, 1)),
                 timestep=1000 * sigma,
@@ -233,7 +236,7 @@ def refine_vae(config: TrainConfig, vae: AutoencoderKLWan, device: torch.device)
     remaker = None if config.refine_by is None else load_remaker(config.refine_by, vae, device)
 
     def update(clips: Tensor, weight: Tensor, error: Tensor) -> dict[str, Tensor]:
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with _arithmetic(device):
             with torch.no_grad():
                 held = old.encode(clips).latent_dist.mean.float()
             latents = vae.encode(clips).latent_dist.mean.float()  # type: ignore[union-attr]
@@ -255,7 +258,7 @@ def refine_vae(config: TrainConfig, vae: AutoencoderKLWan, device: torch.device)
         amount = config.refine_noise * torch.rand(len(clips), 1, 1, 1, 1, generator=generator, device=device)
         error = amount * noise
         if remaker is not None and (num_steps := NUM_STEPS[iteration % len(NUM_STEPS)]) > 0:
-            with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16):
+            with torch.no_grad(), _arithmetic(device):
                 latents = (old.encode(clips).latent_dist.mean.float() - mean) / std
                 error = remade(remaker, latents, world.captions_of(scenes.requests), noise, num_steps) - latents
         metrics = run_update(clips, weight, error)
@@ -267,6 +270,11 @@ def refine_vae(config: TrainConfig, vae: AutoencoderKLWan, device: torch.device)
         for weight, average in zip(weights, averaged, strict=True):
             weight.copy_(average)
     vae.eval().requires_grad_(False)
+
+
+def _arithmetic(device: torch.device) -> AbstractContextManager[None]:
+    """A context in which networks compute in bfloat16, where the hardware has it."""
+    return arithmetic(device.type, fast_precision(device.type))
 
 
 def psnr(error: Tensor) -> Tensor:
@@ -297,7 +305,7 @@ class _Pool:
     @torch.no_grad()
     def _fill(self, block: int) -> None:
         scenes = world.random_scenes(self.config.pool_block, _generator(self.config.seed, "pool", block, self.device))
-        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+        with _arithmetic(self.device):
             latents = self.vae.encode(world.draw(scenes) * 2 - 1).latent_dist.mean  # type: ignore[union-attr]
         rows = slice(
             block % self.num_blocks * self.config.pool_block, (block % self.num_blocks + 1) * self.config.pool_block
