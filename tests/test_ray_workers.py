@@ -23,11 +23,14 @@ from accvideo.trajectory import trajectory_name
 from accvideo.types import UserError
 from tests.tiny import tiny_wan_pipeline
 
+pytestmark = pytest.mark.xdist_group("ray")  # one cluster for all of them, and one after the other
+
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """Ray on this machine, whose workers are processes below this one."""
     ray = pytest.importorskip("ray")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 leaves them next to nothing beside other tests
     ray.init(address="local", num_cpus=2, logging_level="error", log_to_driver=False)
     yield
     ray.shutdown()

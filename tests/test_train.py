@@ -22,9 +22,9 @@ def tiny_config(out: Path) -> train.TrainConfig:
         refine_iterations=3,
         refine_batch_size=1,
         denoiser_batch_size=2,
-        pool_size=16,
-        pool_block=8,
-        pool_start=8,
+        pool_size=8,
+        pool_block=4,
+        pool_start=4,
         save_every=2,
         device="cpu",
     )
