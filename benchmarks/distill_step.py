@@ -296,6 +296,7 @@ def distill_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "full": arguments.full,
         "gradient_checkpointing": arguments.gradient_checkpointing,
+        "compile": arguments.compile,
         "feature_layers": tuple(arguments.feature_layers) if arguments.feature_layers else None,
     }
 
@@ -333,6 +334,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="train full weights instead of a LoRA of rank 16")
     parser.add_argument("--feature-layers", nargs=2, type=int, help="as of accvideo distill")
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="accvideo's side alone, as of accvideo distill")
     parser.add_argument("--bfloat16", action="store_true")
     parser.add_argument("--parts", action="store_true", help="measure the parts of a step")
     parser.add_argument("--memory", action="store_true", help="measure peak memory instead of time")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from torch._inductor import config as inductor
 
 from accvideo.generate import ClipBatch, generate, sample_clips
 from accvideo.inference.acceleration import (
@@ -154,6 +155,12 @@ def test_what_a_machine_lacks_is_said_before_loading():
     ):
         with pytest.raises(UserError, match=message):
             load_model("nowhere", acceleration=Acceleration(**switches))
+
+
+def test_a_missing_compiler_is_said_before_loading():
+    message = "torch.compile does not work here .*\n.* C\\+\\+ compiler.* leave --compile out"
+    with inductor.patch({"cpp.cxx": ("nowhere",)}), pytest.raises(UserError, match=message):
+        load_model("nowhere", acceleration=Acceleration(compile=True))
 
 
 def test_what_a_pipeline_lacks_is_said():

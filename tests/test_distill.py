@@ -8,8 +8,10 @@ import time
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from accvideo.call import DenoiserCall, layer_features, replay
+from accvideo.call import DenoiserCall, denoiser_blocks, layer_features, replay
 from accvideo.data.dataset import TrajectoryFolder
 from accvideo.discriminator import Discriminator
 from accvideo.distill import MAX_SKIPPED, distill, set_learning_rates, train
@@ -29,7 +31,7 @@ from accvideo.training.checkpoint import read_metrics
 from accvideo.training.recipe import PRESETS, DistillConfig, claim_folder
 from accvideo.training.start import load_denoisers, start_training
 from accvideo.training.steps import Rollouts, Step, Training, accumulate, frozen, gradient, update
-from accvideo.trajectory import TrajectoryBatch
+from accvideo.trajectory import TrajectoryBatch, collate_trajectories
 from accvideo.types import UserError
 from tests.recorded import record_tiny
 from tests.tiny import tiny_wan_pipeline
@@ -512,6 +514,34 @@ def test_gradient_checkpointing_bfloat16_and_two_experts_run_together(tmp_path: 
         settings = {"full": full, "gradient_checkpointing": True, "precision": "bfloat16", "num_iterations": 6}
         distill(tiny_config(folder, out, **settings))
         load_student(out)
+
+
+def test_blocks_are_compiled_once_for_all_of_a_kind(folder: TrajectoryFolder):
+    """Counted by a backend that takes the graphs as they are; the features' hooks lie outside of them."""
+    graphs = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    batch = collate_trajectories([folder[0], folder[1]])
+    torch._dynamo.reset()
+    with mock.patch("torch.compile", partial(torch.compile, backend=backend)):
+        training = start_training(
+            tiny_config(folder, Path(), compile=True),
+            load_denoisers(folder.manifest),
+            folder.manifest.key_sigmas,
+            [batch],
+        )
+    student, discriminator = training.student, training.discriminator
+    assert discriminator is not None and len(denoiser_blocks(student.denoisers["transformer"])) > 1
+    graphs.clear()
+    for keypoint in (0, 1, 0, 1):
+        student.velocity("transformer", batch.calls[keypoint], batch.state(keypoint))
+    assert len(graphs) == 2  # of the first block, whose input has no gradient, and of the others
+    for keypoint in (0, 1, 0, 1):
+        discriminator.features(batch.state(keypoint).requires_grad_(), batch, keypoint)
+    assert len(graphs) == 3  # adapters are off
 
 
 def test_a_finished_student_is_left_alone(folder: TrajectoryFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -6,8 +6,10 @@ import shutil
 import signal
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -315,6 +317,29 @@ def test_killed_ranks_go_on_and_any_number_of_ranks_can(folder: TrajectoryFolder
     kill(children)
     run_ranks(lambda: distill(replace(configs["taken over"], accumulate=2)), 2, tmp_path / "log")
     assert_same_run(configs["taken over"].out, configs["whole"].out, tolerance=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_as_others_do(folder: TrajectoryFolder, tmp_path: Path):
+    """Losses, norms, validations and weights: features, adapters on and off, blocks computed again, sharded weights.
+
+    By a backend that traces and differentiates as all do, and then runs the operations as they are.
+    """
+    cases = {
+        "full": {"full": True, "learning_rate": 1e-3},
+        "lora": {"update": "alternating", "gradient_checkpointing": True, "num_iterations": 6},
+    }
+
+    def distill_compiled(config: DistillConfig) -> None:
+        with mock.patch("torch.compile", partial(torch.compile, backend="aot_eager")):
+            distill(replace(config, compile=True))
+
+    for name, settings in cases.items():
+        plain, compiled = (tiny_config(folder, tmp_path / f"{how} {name}", **settings) for how in ("plain", "compiled"))
+        distill(plain)
+        run_ranks(partial(distill_compiled, compiled), 2 if plain.full else 1, tmp_path / "log")
+        assert_same_run(compiled.out, plain.out, tolerance=1e-5)
+        load_student(compiled.out)
 
 
 @pytest.mark.slow

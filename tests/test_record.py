@@ -600,6 +600,20 @@ def test_defaults_of_the_teachers_folder(config, teachers, tmp_path):
     assert read_trajectory(config.out / trajectory_name(0)).states.shape == (4, 4, 2, 4, 4)
 
 
+@pytest.mark.slow
+def test_compiled_blocks_record_the_same(config, monkeypatch):
+    """To rounding; what is recorded may be gone on with by others that are not compiled."""
+    monkeypatch.setattr(stage, "load_pipeline", load_pipeline)  # the loaded one is for tests that compile nothing
+    compiled = replace(config, out=config.out.with_name("compiled"), compile=True)
+    record(config)
+    record(compiled)
+    (compiled.out / trajectory_name(0)).unlink()
+    record(replace(compiled, compile=False))
+    for number in range(5):
+        found, expected = (TrajectoryFolder(folder)[number].states for folder in (compiled.out, config.out))
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_bfloat16_is_recorded_in_float32(config):
     record(replace(config, dtype="bfloat16", num_trajectories=1))
     trajectory = TrajectoryFolder(config.out)[0]

@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from accvideo.data.dataset import TrajectoryFolder
-from accvideo.inference.acceleration import quantization_config
+from accvideo.inference.acceleration import check_compiler, quantization_config
 from accvideo.inference.student_config import student_config
 from accvideo.losses import ADVERSARIAL_LOSSES, Logits, trajectory_loss
 from accvideo.student import save_student
@@ -284,6 +284,8 @@ def distill_together(config: DistillConfig) -> dict[str, Any]:
     folder = TrajectoryFolder(config.data)
     manifest = folder.manifest
     console = Console(stderr=True, quiet=rank() > 0)
+    if config.compile:
+        check_compiler(config.device)
     if config.quantization is not None:
         quantization_config(config.quantization)
     check_start(config, manifest)

@@ -21,6 +21,8 @@ from accvideo.command import (
     with_image,
 )
 from accvideo.data.manifest import MANIFEST, Manifest
+from accvideo.inference.acceleration import accelerate_pipeline, check_acceleration
+from accvideo.inference.config import Acceleration
 from accvideo.media import media_digests
 from accvideo.recording.config import RecordConfig
 from accvideo.recording.joining import check_folder, identity, make_folder, open_folder, read_header
@@ -130,7 +132,8 @@ class Recorder:
         self.config, self.place = config, place
         prompts = read_prompt_file(config.prompts)
         check_folder(config.out)
-        device = own_device(config.device, place)
+        device, acceleration = own_device(config.device, place), Acceleration(compile=config.compile)
+        check_acceleration(acceleration, device)
         self.pipeline = load_pipeline(config.teacher, getattr(torch, config.dtype), device)
         if config.shift is not None:
             set_shift(self.pipeline, config.shift)
@@ -140,6 +143,7 @@ class Recorder:
         self.prompts = with_image(prompts, config.image)
         check_prompts(self.pipeline, self.prompts, config)
         manifest, self.shared = make_manifest(self.pipeline, config, defaults, self.arguments, self.prompts)
+        accelerate_pipeline(self.pipeline, acceleration, device)
         make_folder(config.out)
         self.num_recorded = self.num_blocks = 0
         self._padding_counts: bool | None = None  # to the denoisers; not known yet

@@ -8,6 +8,7 @@ from copy import deepcopy
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -144,7 +145,7 @@ def add_lora(denoiser: Any, rank: int) -> None:
             parameter.data = parameter.data.float()
     layers: list[Any] = [module for module in denoiser.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
-        layer.forward = partial(adapted, layer)
+        layer.forward = MethodType(adapted, layer)  # no `partial`, which torch.compile takes apart for each layer
 
 
 def adapted_layers(denoiser: nn.Module) -> dict[str, nn.Linear]:

@@ -43,8 +43,30 @@ def check_acceleration(acceleration: Acceleration, device: str) -> None:
             f"--offload {acceleration.offload} moves weights between main memory and an accelerator; the device is "
             f"{device}\nLeave --offload out, or give --device cuda"
         )
+    if acceleration.compile:
+        check_compiler(device)
     if acceleration.quantization is not None:
         quantization_config(acceleration.quantization)
+
+
+def check_compiler(device: str) -> None:
+    """See that torch.compile works here, on one addition.
+
+    Raises:
+        UserError: it does not; on a CPU it takes a C++ compiler, on an accelerator Triton.
+    """
+
+    def add(numbers: torch.Tensor) -> torch.Tensor:
+        return numbers + 1
+
+    try:
+        torch.compile(add)(torch.zeros(8, device=device))
+    except Exception as error:  # each backend has its own
+        needed = "a C++ compiler, such as g++" if torch.device(device).type == "cpu" else "Triton and a C compiler"
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"--compile: torch.compile does not work here ({reason})\nInstall {needed}, or leave --compile out"
+        ) from error
 
 
 def accelerate_pipeline(pipeline: DiffusionPipeline, acceleration: Acceleration, device: str) -> None:

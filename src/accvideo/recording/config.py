@@ -60,6 +60,8 @@ class RecordConfig:
     """Trajectories denoised together. Batches are always whole: what an item becomes depends on this number."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the pipeline; states are stored in float32 in any case."""
+    compile: bool = False
+    """Compile the denoiser's blocks by torch.compile: the first batch waits for it, all others are faster."""
     device: str = "auto"
     """`auto` takes the accelerator if there is one; under torchrun, srun or a SLURM array each worker its own."""
     ray: bool = False

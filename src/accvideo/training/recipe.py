@@ -19,7 +19,7 @@ from accvideo.training.tracking import Tracker, check_tracker
 from accvideo.trajectory import write_whole
 from accvideo.types import UserError
 
-PLACES = {"data", "out", "media_folder", "device", "save_every", "accumulate", "shard_base", "track"}
+PLACES = {"data", "out", "media_folder", "device", "save_every", "accumulate", "shard_base", "compile", "track"}
 """Settings that change nothing in the student but rounding."""
 
 
@@ -126,6 +126,8 @@ class DistillConfig:
     """Iterations between checkpoints."""
     gradient_checkpointing: bool = False
     """Keep less for the backward pass and compute it again: less memory, a third more time."""
+    compile: bool = False
+    """Compile the denoisers' blocks by torch.compile: the first iterations wait for it, all others are faster."""
     shard_base: bool = False
     """Spread the frozen weights under a LoRA over the ranks of torchrun: less memory, more traffic between them. Full
     weights are always spread."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import AdamW
 
+from accvideo.call import denoiser_blocks
 from accvideo.data.manifest import Manifest
 from accvideo.discriminator import Discriminator
 from accvideo.inference.acceleration import quantization_config, stored_fingerprint
@@ -60,6 +61,8 @@ def start_training(
             discriminator = Discriminator(
                 student, sigmas, parts, config.feature_layers, config.head_kernel, config.shared_head, ends
             ).to(device)
+    if config.compile:
+        compile_blocks(student)
     trained = student.trained()
     if config.start_from is not None:
         set_weights(student, starting_weights(config.start_from, trained))
@@ -138,6 +141,18 @@ def starting_weights(name: str, trained: Mapping[str, nn.Parameter]) -> dict[str
 def rows_of(weight: Any, start: int = 0, stop: int | None = None) -> Tensor:
     """The rows of a lazily read weight from `start` up to `stop`."""
     return weight[start:stop]
+
+
+def compile_blocks(student: Student) -> None:
+    """Compile the blocks of student and teacher by torch.compile, one compilation for all blocks of a kind.
+
+    Of each, the forward pass alone: hooks, by which features are taken and sharded weights gathered, run around it.
+    """
+    # One for each of: adapters on or off, gradients wanted or not, of weights or latents, and for each shape.
+    torch._dynamo.config.recompile_limit = 64
+    for denoiser in dict.fromkeys([*student.denoisers.values(), *student.teachers.values()]):
+        for block in denoiser_blocks(denoiser):
+            block.forward = torch.compile(block.forward)
 
 
 @contextmanager
