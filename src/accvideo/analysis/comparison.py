@@ -25,6 +25,7 @@ from accvideo.data.dataset import TrajectoryFolder
 from accvideo.data.manifest import MANIFEST, Manifest
 from accvideo.distill import distill
 from accvideo.flow import even_grid
+from accvideo.inference.acceleration import check_compiler
 from accvideo.inference.student_config import read_student_config
 from accvideo.reporting.wording import METRICS
 from accvideo.training.recipe import DistillConfig, fast_precision
@@ -76,6 +77,8 @@ class BaselinesConfig:
     """As for `accvideo evaluate`; needed where the teacher is not the playground's."""
     rows: Path | None = None
     """As for `accvideo evaluate`: analyses that share it make the teacher's clips once."""
+    compile: bool = False
+    """As for `accvideo distill`."""
     device: str = "auto"
     """`auto` takes the accelerator if there is one."""
 
@@ -117,6 +120,8 @@ def baselines(config: BaselinesConfig) -> dict[str, Any]:
     for grid in grids if "every_state" in config.methods else ():
         check_states(config.data, recorded, (len(grid) - 1,))
     evaluation(config, Path(), config.num_prompts, seed=0).check_prompts(folder.manifest.teacher)
+    if config.compile:
+        check_compiler(choose_device(config.device))
     settings = settings_of(config)
     cache = open_analysis(config.out, settings)
     folders = {len(grid) - 1: part_of(folder, grid, cache) for grid in grids}
@@ -234,6 +239,7 @@ def train(config: BaselinesConfig, run: Run, cache: Path, folder: TrajectoryFold
                 adversarial_weight=0.1 if run.method == "accvideo" else 0.0,
                 adversarial_start=round(start * num_iterations),
                 num_validation=0,
+                compile=config.compile,
                 device=device,
                 seed=run.seed,
             )
@@ -246,6 +252,7 @@ def train(config: BaselinesConfig, run: Run, cache: Path, folder: TrajectoryFold
         seed=run.seed,
         batch_size=config.batch_size,
         precision=fast_precision(device),
+        compile=config.compile,
         device=device,
     )
     with progress_bar() as progress:

@@ -92,6 +92,8 @@ class CostConfig:
     """As for `accvideo evaluate`: analyses that share it make the teacher's clips once."""
     estimate: bool = False
     """Say what is left to do and how long it takes, and stop."""
+    compile: bool = False
+    """As for `accvideo distill`."""
     device: str = "auto"
     """`auto` takes the accelerator if there is one."""
 
@@ -160,7 +162,7 @@ def cost(config: CostConfig) -> dict[str, Any]:
     variants = plan_variants(config, recipes)
     left = work_left(config, recipes + variants, config.out / "cache")
     if any(work != Work() for work in left.values()):
-        seconds = show_estimate(left, config.batch_size, device)
+        seconds = show_estimate(left, config.batch_size, device, config.compile)
         if config.estimate:
             return {"work": {name: asdict(each) for name, each in left.items()}, "seconds": seconds}
     cache = open_analysis(config.out, settings)
@@ -214,6 +216,7 @@ def plan_recipes(config: CostConfig) -> list[Recipe]:
         learning_rate=config.paper_learning_rate,
         head_learning_rate=1e-3,
         gradient_checkpointing=False,
+        compile=config.compile,
         device=config.device,
     )
     default = DistillConfig(
@@ -222,6 +225,7 @@ def plan_recipes(config: CostConfig) -> list[Recipe]:
         num_iterations=config.num_iterations,
         batch_size=config.batch_size,
         num_validation=0,
+        compile=config.compile,
         device=config.device,
     )
     recipes = [Recipe(PAPER, whole, as_published), Recipe("default, the paper's records", whole, default)]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from accvideo.generate import sample_clips
+from accvideo.inference.config import Acceleration
 from accvideo.inference.model import Model, load_model
 from accvideo.playground.judge import judge
 from accvideo.playground.world import sample_prompts
@@ -59,9 +60,13 @@ class Speed:
         return self.sampled * work.sampled + self.trained * work.trained + self.clip * work.clips + work.seconds
 
 
-def show_estimate(works: Mapping[str, Work], batch_size: int, device: str) -> dict[str, float]:
-    """Say how long each will take on this machine, as it is loaded now; the seconds."""
-    speed = measure_speed(batch_size, device)
+def show_estimate(works: Mapping[str, Work], batch_size: int, device: str, compiled: bool) -> dict[str, float]:
+    """Say how long each will take on this machine, as it is loaded now, with blocks compiled in training or not.
+
+    Returns:
+        The seconds.
+    """
+    speed = measure_speed(batch_size, device, compiled)
     seconds = {name: speed.seconds(work) for name, work in works.items()}
     lines = [f"  {name:10} {duration(value)}" for name, value in [*seconds.items(), ("all", sum(seconds.values()))]]
     print(
@@ -75,14 +80,12 @@ def show_estimate(works: Mapping[str, Work], batch_size: int, device: str) -> di
     return seconds
 
 
-def measure_speed(batch_size: int, device: str) -> Speed:
-    """How fast this machine is now, in batches of this size."""
-    model = load_model(PLAYGROUND, device=device)
-    sampled, clip = sampling_speed(model, batch_size)
-    trained = sampled
-    if (precision := fast_precision(device)) != "float32":
-        with arithmetic(torch.device(device).type, precision):
-            trained, _ = sampling_speed(model, batch_size)
+def measure_speed(batch_size: int, device: str, compiled: bool = False) -> Speed:
+    """How fast this machine is now, in batches of this size, with blocks compiled in training or not."""
+    sampled, clip = sampling_speed(load_model(PLAYGROUND, device=device), batch_size)
+    student = load_model(PLAYGROUND, device=device, acceleration=Acceleration(compile=compiled))
+    with arithmetic(torch.device(device).type, fast_precision(device)):
+        trained, _ = sampling_speed(student, batch_size)
     return Speed(sampled, trained, clip)
 
 

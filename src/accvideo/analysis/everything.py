@@ -27,6 +27,7 @@ from accvideo.command import choose_device
 from accvideo.data.dataset import TrajectoryFolder
 from accvideo.data.manifest import MANIFEST
 from accvideo.flow import even_grid
+from accvideo.inference.acceleration import check_compiler
 from accvideo.playground.prompts import PromptsConfig, prompts
 from accvideo.playground.select import SelectConfig, select
 from accvideo.record import record
@@ -59,6 +60,8 @@ class AllConfig:
     page: Path | None = None
     """Also fill a Markdown page of one's own: what stands between `<!-- NAME -->` and `<!-- /NAME -->` is replaced by
     the results of that analysis; figures and numbers go to the folder of the page's name beside it."""
+    compile: bool = False
+    """As for `accvideo distill`, whose part it is in all this: half of the time, or more."""
     device: str = "auto"
     """`auto` takes the accelerator if there is one."""
 
@@ -345,6 +348,9 @@ PARTS: dict[str, Callable[[Sizes, Place], Part]] = {
 """By the name of the command `accvideo analyze NAME`, in the order in which they run. A new analysis takes a line here
 and a function that says what it is asked for and how much that is, without the rows that an earlier one leaves it."""
 
+DISTILLING = ("keypoints", "ablation", "baselines", "steps", "cost")
+"""Those that train students."""
+
 
 def all(config: AllConfig) -> dict[str, Any]:  # noqa: A001 - named as the command is
     """Record, run what is missing, and write the page.
@@ -360,6 +366,8 @@ def all(config: AllConfig) -> dict[str, Any]:  # noqa: A001 - named as the comma
     cache = open_analysis(config.out, {"short": config.short, "data": str(config.data or "recorded here")})
     cache.mkdir(exist_ok=True)
     device = choose_device(config.device)
+    if config.compile:
+        check_compiler(device)
     place = Place(
         data=config.data or config.out / "data",
         cut=config.out / "data-5",
@@ -373,11 +381,12 @@ def all(config: AllConfig) -> dict[str, Any]:  # noqa: A001 - named as the comma
         works = {name: parts[name].work for name in missing}
         if config.data is None and not (place.cut / MANIFEST).exists():
             works = {"recording": Work(sampled=sizes.recording), **works}
-        show_estimate(works, sizes.batch_size, device)
+        show_estimate(works, sizes.batch_size, device, config.compile)
         prepare_data(config, sizes, place, device)
     for number, name in enumerate(missing, 1):
         print(f"{number} of {len(missing)}: accvideo analyze {name}", file=sys.stderr, flush=True)
         options = [] if name == "toy" else ["--device", device]  # the 1-D study runs on the CPU
+        options += ["--compile"] if config.compile and name in DISTILLING else []
         with timed(cache / f"{name}.json"):
             execute(f"analyze {name}", [*parts[name].arguments, "--out", str(config.out / name), *options])
     sections = {name: section(config.out, name, part.arguments, cache) for name, part in parts.items()}

@@ -13,8 +13,8 @@ from accvideo.types import UserError
 SETTINGS = "settings.json"
 
 
-PLACES = ("out", "rows", "device")
-"""Settings of analyses that change nothing in their numbers."""
+PLACES = ("out", "rows", "device", "compile")
+"""Settings of analyses that change nothing in their numbers but rounding."""
 
 
 def settings_of(config: Any, places: Collection[str] = PLACES) -> dict[str, Any]:

@@ -95,6 +95,8 @@ class StudentsConfig:
     """As for `accvideo evaluate`; needed where the teacher is not the playground's."""
     rows: Path | None = None
     """As for `accvideo evaluate`: analyses that share it make the teacher's clips once."""
+    compile: bool = False
+    """As for `accvideo distill`."""
     device: str = "auto"
     """`auto` takes the accelerator if there is one."""
 
@@ -111,6 +113,7 @@ class StudentsConfig:
             "batch_size": self.batch_size,
             "adversarial_start": round(0.6 * iterations),
             "num_validation": 0,
+            "compile": self.compile,
             "device": self.device,
         }
         return replace(playground(data, out), **settings | changes)

@@ -25,7 +25,7 @@ from accvideo.losses import cross_entropy_head_loss
 from accvideo.student import Student, save_student
 from accvideo.training.consistency import consistency_loss, teacher_levels
 from accvideo.training.guidance import Field, GuidedTeacher, at_level, find_practice
-from accvideo.training.start import arithmetic, load_denoisers
+from accvideo.training.start import arithmetic, compile_blocks, load_denoisers
 from accvideo.trajectory import TrajectoryBatch
 from accvideo.types import Latents, UserError
 
@@ -53,6 +53,8 @@ class Recipe:
     lora_rank: int | None = None
     """None: all weights."""
     precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
+    """As for `accvideo distill`."""
     device: str = "cpu"
     adversarial_weight: float = 0.1
     """Of DMD2's adversarial term."""
@@ -176,12 +178,15 @@ def make_student(recipe: Recipe, manifest: Manifest, keep_teacher: bool) -> Stud
     """A student that is still its teacher."""
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        return Student(
+        student = Student(
             {name: denoiser.to(recipe.device) for name, denoiser in load_denoisers(manifest).items()},
             lora_rank=recipe.lora_rank,
             arithmetic=partial(arithmetic, recipe.device, recipe.precision),
             keep_teacher=keep_teacher,
         )
+    if recipe.compile:
+        compile_blocks(student)
+    return student
 
 
 def step(optimizer: AdamW, loss: Tensor) -> Tensor:
