@@ -7,6 +7,7 @@ import pytest
 from accvideo.analysis.ablation import AblationConfig, learning_evaluations, plan_runs
 from accvideo.analysis.estimate import Speed, Work, duration
 from accvideo.analysis.everything import (
+    DISTILLING,
     PARTS,
     SHORT,
     AllConfig,
@@ -49,6 +50,7 @@ def test_every_part_is_a_command_that_takes_its_arguments(
     monkeypatch.setattr(module, name, lambda config: seen.append(config) or {})
     assert run(["analyze", name, *PARTS[name](sizes, PLACE).arguments, "--out", "out/part"]) == 0
     assert seen[0].out == Path("out/part")
+    assert hasattr(seen[0], "compile") == (name in DISTILLING)
     for field in ("num_seeds", "num_prompts", "batch_size", "num_student_steps"):
         if (
             hasattr(seen[0], field)

@@ -3,6 +3,7 @@ import math
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -93,6 +94,23 @@ def test_a_baseline_spends_its_budget_and_saves_a_student(method: Any, tmp_path:
         name for name, w in denoisers(pipeline)["transformer"].state_dict().items() if (w != teacher[name]).any()
     ]
     assert changed
+
+
+@pytest.mark.parametrize("method", ["perflow", "dmd2"])
+def test_a_compiled_baseline_is_the_same(method: Any, tmp_path: Path):
+    """DMD2 takes features of a denoiser that it trains; by a backend that runs what was traced as it is."""
+    recording, found = record_tiny(tmp_path).manifest.denoiser_calls * 6, []
+    for compiled in (False, True):
+        out = tmp_path / f"student-{compiled}"
+        recipe = Recipe(
+            method=method, learning_rate=1e-3, budget=recording + 40, batch_size=2, fake_updates=1, compile=compiled
+        )
+        with mock.patch("torch.compile", wraps=partial(torch.compile, backend="eager")) as compiling:
+            train_baseline(recipe, str(tmp_path / "data"), out, Progress(disable=True))
+        assert compiling.called == compiled
+        found.append(denoisers(load_student(out)[0])["transformer"].state_dict())
+    for name, weight in found[0].items():
+        torch.testing.assert_close(found[1][name], weight, rtol=1e-5, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("method", FACTORS)
