@@ -80,7 +80,7 @@ def show_estimate(works: Mapping[str, Work], batch_size: int, device: str, compi
     return seconds
 
 
-def measure_speed(batch_size: int, device: str, compiled: bool = False) -> Speed:
+def measure_speed(batch_size: int, device: str, compiled: bool) -> Speed:
     """How fast this machine is now, in batches of this size, with blocks compiled in training or not."""
     sampled, clip = sampling_speed(load_model(PLAYGROUND, device=device), batch_size)
     student = load_model(PLAYGROUND, device=device, acceleration=Acceleration(compile=compiled))

@@ -61,7 +61,7 @@ class AllConfig:
     """Also fill a Markdown page of one's own: what stands between `<!-- NAME -->` and `<!-- /NAME -->` is replaced by
     the results of that analysis; figures and numbers go to the folder of the page's name beside it."""
     compile: bool = False
-    """As for `accvideo distill`, whose part it is in all this: half of the time, or more."""
+    """As for `accvideo distill`: training takes more than half of the time."""
     device: str = "auto"
     """`auto` takes the accelerator if there is one."""
 

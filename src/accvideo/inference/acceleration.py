@@ -63,7 +63,7 @@ def check_compiler(device: str) -> None:
         torch.compile(add)(torch.zeros(8, device=device))
     except Exception as error:  # each backend has its own
         needed = "a C++ compiler, such as g++" if torch.device(device).type == "cpu" else "Triton and a C compiler"
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"--compile: torch.compile does not work here ({reason})\nInstall {needed}, or leave --compile out"
         ) from error
